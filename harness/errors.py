@@ -1,0 +1,37 @@
+"""The errors a user can cause, each with the exit code of the command line."""
+
+
+class BurnishError(Exception):
+    """A clear sentence for the user; the command line prints it and exits with `exit_code`."""
+
+    exit_code = 5
+
+
+class ConfigError(BurnishError, ValueError):
+    """A wrong key, value, path or combination: exit 2."""
+
+    exit_code = 2
+
+
+class InfeasibleError(BurnishError):
+    """The run does not fit the hardware at hand: exit 3."""
+
+    exit_code = 3
+
+
+class DataError(BurnishError):
+    """The data check failed: exit 4."""
+
+    exit_code = 4
+
+
+class TrainingError(BurnishError):
+    """Training, saving or verification failed: exit 5."""
+
+    exit_code = 5
+
+
+class Interrupted(BurnishError):
+    """The user stopped the run and a checkpoint was written: exit 130."""
+
+    exit_code = 130

@@ -1,0 +1,170 @@
+"""make_plan(config, resources) -> Plan: every decision that depends on hardware, with its reason. Pure; no torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from .config import Config
+from .errors import ConfigError, InfeasibleError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the host or cluster has. Bytes are per device and per node."""
+
+    device: Literal["cpu", "cuda"]
+    num_devices: int
+    num_cpus: int
+    host_memory_bytes: int
+    device_memory_bytes: int = 0
+    device_name: str = ""
+    num_nodes: int = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One value that burnish chose, and why."""
+
+    key: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker needs. A rank is a function of the plan; resume is the plan plus the newest checkpoint."""
+
+    config: Config
+    run_dir: str
+    cwd: str
+    device: Literal["cpu", "cuda"]
+    world_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    engine: Literal["torch", "deepspeed"]
+    zero_stage: int
+    activation_checkpointing: Literal["none", "full"]
+    num_threads: int
+    decisions: tuple[Decision, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"config": self.config.model_dump(mode="json")}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Plan":
+        decisions = tuple(Decision(**decision) for decision in fields["decisions"])
+        return cls(**fields | {"config": Config.model_validate(fields["config"]), "decisions": decisions})
+
+
+def make_plan(config: Config, resources: Resources, *, run_dir: str, cwd: str) -> Plan:
+    """Decides world size, batch arithmetic, engine, ZeRO stage and threads.
+
+    Raises InfeasibleError if the workers asked for cannot be had, ConfigError if the batch cannot be divided.
+    """
+    decisions: list[Decision] = []
+    world_size, device = _world(config, resources, decisions)
+    micro, accumulation = _batch(config, world_size, decisions)
+    zero_stage, engine = _engine(config, world_size, decisions)
+    return Plan(
+        config=config,
+        run_dir=run_dir,
+        cwd=cwd,
+        device=device,
+        world_size=world_size,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        engine=engine,
+        zero_stage=zero_stage,
+        activation_checkpointing=_activation_checkpointing(config, device, decisions),
+        num_threads=_threads(config, resources, world_size, decisions),
+        decisions=tuple(decisions),
+    )
+
+
+def _world(
+    config: Config, resources: Resources, decisions: list[Decision]
+) -> tuple[int, Literal["cpu", "cuda"]]:
+    if config.launch.type == "inline":
+        decisions.append(Decision("world_size", "1", "launch.type inline is one process"))
+        return 1, resources.device
+    launch = config.launch
+    use_gpu = resources.device == "cuda" if launch.use_gpu == "auto" else launch.use_gpu
+    if use_gpu and resources.device != "cuda":
+        raise InfeasibleError("launch.use_gpu is true but no GPU is visible; set it to false or run on a GPU machine")
+    have = resources.num_devices if use_gpu else resources.num_cpus
+    per_worker = launch.resources_per_worker.get("GPU" if use_gpu else "CPU", 1.0)
+    if launch.num_workers * per_worker > have:
+        kind = "GPUs" if use_gpu else "CPU cores"
+        raise InfeasibleError(
+            f"launch.num_workers={launch.num_workers} at {per_worker:g} {kind} each needs "
+            f"{launch.num_workers * per_worker:g}, and there are {have}; use at most {int(have // per_worker)} workers"
+        )
+    decisions.append(Decision("world_size", str(launch.num_workers), "launch.num_workers"))
+    return launch.num_workers, "cuda" if use_gpu else "cpu"
+
+
+def _batch(config: Config, world_size: int, decisions: list[Decision]) -> tuple[int, int]:
+    """Micro-batch and accumulation: micro * accumulation * world_size = global_batch_size."""
+    total, wanted = config.train.global_batch_size, config.train.micro_batch_size
+    if total % world_size:
+        nearest = max(1, total // world_size) * world_size
+        raise ConfigError(
+            f"train.global_batch_size={total} cannot be shared by {world_size} workers; "
+            f"use {nearest} or {nearest + world_size}"
+        )
+    per_worker = total // world_size
+    valid = [n for n in range(1, min(per_worker, 4096) + 1) if per_worker % n == 0]
+    if wanted == "auto":
+        micro = max(n for n in valid if n <= 8)
+        why = "largest divisor up to 8 of the worker's share"
+        decisions.append(Decision("micro_batch_size", str(micro), why))
+    elif wanted not in valid:
+        raise ConfigError(
+            f"train.micro_batch_size={wanted} does not divide a worker's share of {per_worker} examples "
+            f"(global_batch_size {total} / {world_size} workers); use one of {', '.join(map(str, valid))}"
+        )
+    else:
+        micro = wanted
+    why = f"{total} = {micro} micro-batch x {per_worker // micro} accumulation x {world_size} workers"
+    decisions.append(Decision("gradient_accumulation_steps", str(per_worker // micro), why))
+    return micro, per_worker // micro
+
+
+def _engine(
+    config: Config, world_size: int, decisions: list[Decision]
+) -> tuple[int, Literal["torch", "deepspeed"]]:
+    wanted = config.memory.zero_stage
+    if wanted != "auto":
+        stage, why = wanted, "memory.zero_stage"
+    elif world_size == 1:
+        stage, why = 0, "one worker has nothing to partition"
+    elif config.optimizer.name in ("adafactor", "adamw_8bit"):
+        stage, why = 0, f"the state of {config.optimizer.name} cannot be partitioned"
+    else:
+        stage, why = 2, "partitions gradients and optimizer state at no extra communication"
+    engine: Literal["torch", "deepspeed"] = "torch" if world_size == 1 and stage == 0 else "deepspeed"
+    decisions.append(Decision("zero_stage", str(stage), why))
+    decisions.append(Decision("engine", engine, "DeepSpeed runs more than one worker and every ZeRO stage"))
+    return stage, engine
+
+
+def _activation_checkpointing(
+    config: Config, device: str, decisions: list[Decision]
+) -> Literal["none", "full"]:
+    wanted = config.memory.activation_checkpointing
+    if wanted != "auto":
+        return wanted
+    decisions.append(Decision("activation_checkpointing", "none", "faster; set it to full if memory runs out"))
+    return "none"
+
+
+def _threads(config: Config, resources: Resources, world_size: int, decisions: list[Decision]) -> int:
+    if config.train.num_threads is not None:
+        return config.train.num_threads
+    per_node = -(-world_size // resources.num_nodes)
+    threads = max(1, resources.num_cpus // per_node)
+    decisions.append(Decision("num_threads", str(threads), f"{resources.num_cpus} cores / {per_node} workers a node"))
+    return threads
