@@ -84,9 +84,7 @@ def make_plan(config: Config, resources: Resources, *, run_dir: str, cwd: str) -
     )
 
 
-def _world(
-    config: Config, resources: Resources, decisions: list[Decision]
-) -> tuple[int, Literal["cpu", "cuda"]]:
+def _world(config: Config, resources: Resources, decisions: list[Decision]) -> tuple[int, Literal["cpu", "cuda"]]:
     if config.launch.type == "inline":
         decisions.append(Decision("world_size", "1", "launch.type inline is one process"))
         return 1, resources.device
@@ -133,9 +131,7 @@ def _batch(config: Config, world_size: int, decisions: list[Decision]) -> tuple[
     return micro, per_worker // micro
 
 
-def _engine(
-    config: Config, world_size: int, decisions: list[Decision]
-) -> tuple[int, Literal["torch", "deepspeed"]]:
+def _engine(config: Config, world_size: int, decisions: list[Decision]) -> tuple[int, Literal["torch", "deepspeed"]]:
     wanted = config.memory.zero_stage
     if wanted != "auto":
         stage, why = wanted, "memory.zero_stage"
@@ -151,9 +147,7 @@ def _engine(
     return stage, engine
 
 
-def _activation_checkpointing(
-    config: Config, device: str, decisions: list[Decision]
-) -> Literal["none", "full"]:
+def _activation_checkpointing(config: Config, device: str, decisions: list[Decision]) -> Literal["none", "full"]:
     wanted = config.memory.activation_checkpointing
     if wanted != "auto":
         return wanted

@@ -1,0 +1,321 @@
+"""What one rank does, top to bottom: build, restore, evaluate, train, save, prove. A function of the plan alone.
+
+Resuming needs no flag: the newest complete checkpoint in the run directory is the starting point, wherever it came
+from (an interrupted run, or a worker that died a moment ago).
+"""
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import checkpoint, export, models
+from .data.loader import Loader, eval_batches
+from .data.prepare import Prepared
+from .data.sampler import Sampler
+from .data.store import Store
+from .engine import Engine, World, make_engine
+from .errors import Interrupted
+from .evaluate import evaluate
+from .generate import generate
+from .loop import StepReport, train
+from .metrics import MetricsWriter, memory_bytes
+from .plan import Plan
+from .run_dir import RunDir, environment
+from .tasks import Task, get_task
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Job:
+    """Everything one rank holds while it trains."""
+
+    plan: Plan
+    prepared: Prepared
+    world: World
+    run_dir: RunDir
+    task: Task
+    processor: Any
+    engine: Engine
+    loader: Loader
+    sampler: Sampler
+    metrics: MetricsWriter
+    report: Report
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.world.rank == 0
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Writes an event to events.jsonl and hands it to the launcher; rank 0 only."""
+        if self.is_first:
+            event = {"time": time.time()} | event
+            self.run_dir.append_jsonl(self.run_dir.events_jsonl, event)
+            self.report(event)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes a metrics record and hands it to the launcher; rank 0 only."""
+        if self.is_first:
+            self.metrics.log(record)
+            self.report(record)
+
+
+def run(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> dict[str, Any]:
+    """Trains to the end of the plan and returns the summary of rank 0.
+
+    Raises Interrupted when the stop file asked for an early end (a checkpoint is written first), TrainingError when
+    training or the proof of the saved weights fails.
+    """
+    set_up_process(plan, world)
+    job = _build(plan, prepared, world=world, report=report)
+    try:
+        first_step = _restore(job)
+        if first_step == 0:
+            _evaluate(job, "validation", step=0)
+            _answer(job, "before")
+        done = _train(job, first_step)
+        if done < job.sampler.total_steps:
+            raise Interrupted(f"stopped after step {done} of {job.sampler.total_steps}; a checkpoint is written")
+        return _finish(job, done)
+    finally:
+        job.metrics.close()
+        job.engine.close()
+
+
+def set_up_process(plan: Plan, world: World) -> None:
+    """Threads, allocator, the rank variables DeepSpeed reads, and the accelerator it uses."""
+    torch.set_num_threads(plan.num_threads)
+    if plan.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        keep_freed_memory()
+    else:
+        torch.cuda.set_device(world.local_rank)
+    ranks = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.size}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    if world.size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    torch.manual_seed(plan.config.seed)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed activations instead of returning them to the kernel after every step.
+
+    PyTorch frees and allocates the same large buffers each step; giving them back costs a page fault per 4 KiB.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> Job:
+    config, run_dir = plan.config, RunDir(plan.run_dir)
+    task = get_task(config.task.type)
+    processor = task.load_processor(config)
+    model = models.build(plan, prepared.labels)
+    counts = models.parameter_counts(model)
+    engine = make_engine(plan, model, world)
+    store = Store(prepared.train)
+    sampler = Sampler(
+        store.source,
+        prepared.weights,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        max_steps=config.train.max_steps,
+        epochs=config.train.epochs,
+    )
+    loader = Loader(
+        store,
+        sampler,
+        task,
+        processor,
+        config,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=world.size,
+        rank=world.rank,
+    )
+    job = Job(
+        plan=plan,
+        prepared=prepared,
+        world=world,
+        run_dir=run_dir,
+        task=task,
+        processor=processor,
+        engine=engine,
+        loader=loader,
+        sampler=sampler,
+        metrics=MetricsWriter(run_dir, config, is_writer=world.rank == 0),
+        report=report,
+    )
+    if job.is_first:
+        run_dir.write_json(run_dir.env_json, environment())
+    name = config.model.path or f"{config.model.init and config.model.init['model_type']} (random weights)"
+    job.emit({"event": "model", "name": name, "dtype": config.model.dtype} | counts)
+    job.emit({"event": "start", "total_steps": sampler.total_steps, "steps_per_epoch": sampler.steps_per_epoch})
+    return job
+
+
+def _restore(job: Job) -> int:
+    """Loads the newest complete checkpoint, if there is one; returns the number of steps already done."""
+    path, broken = checkpoint.newest(job.plan.run_dir)
+    for name in broken:
+        job.emit({"event": "broken_checkpoint", "path": name})
+    if path is None:
+        job.metrics.start(0)
+        return 0
+    state, trainer, rng = checkpoint.load(path, job.world.rank)
+    checkpoint.check_same(trainer, _identity(job))
+    job.engine.load_state(state)
+    checkpoint.set_rng_state(rng)
+    job.samples = trainer["samples"]
+    job.metrics.start(trainer["step"])
+    job.emit({"event": "resume", "step": trainer["step"], "path": str(path)})
+    return int(trainer["step"])
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What must not differ between the run that saved a checkpoint and the run that resumes it."""
+    return {
+        "data": Store(job.prepared.train).manifest["content_hash"],
+        "model": job.plan.config.model.model_dump(mode="json"),
+        "adapter": job.plan.config.adapter.model_dump(mode="json"),
+        "global_batch_size": job.plan.config.train.global_batch_size,
+        "seed": job.plan.config.seed,
+    }
+
+
+def _train(job: Job, first_step: int) -> int:
+    config, total = job.plan.config, job.sampler.total_steps
+    saved_step = first_step
+
+    def after_step(step: StepReport) -> None:
+        nonlocal saved_step
+        done = step.step + 1
+        job.peak_memory_bytes = max(job.peak_memory_bytes, memory_bytes(job.plan.device))
+        if done % config.tracking.log_every_steps == 0 or done == total:
+            extra = {"memory_bytes": memory_bytes(job.plan.device), "epoch": job.sampler.epoch(done)}
+            job.log(step.record() | extra | {"tokens_per_s": step.tokens / step.time_s})
+        if config.eval.every_steps and done % config.eval.every_steps == 0 and done < total:
+            _evaluate(job, "validation", step=done)
+        is_due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
+        if is_due or step.is_stop_requested or done == total:
+            _save(job, done)
+            saved_step = done
+
+    done = train(
+        job.engine,
+        job.task,
+        config,
+        loader=job.loader,
+        first_step=first_step,
+        total_steps=total,
+        is_stopping=job.run_dir.stop.exists,
+        after_step=after_step,
+    )
+    assert saved_step == done or first_step >= total, (saved_step, done)
+    return done
+
+
+def _save(job: Job, step: int) -> None:
+    start = time.perf_counter()
+    path = checkpoint.save(
+        job.plan.run_dir,
+        step,
+        state=job.engine.state(),
+        trainer={"step": step, "samples": job.samples} | _identity(job),
+        world=job.world,
+        barrier=job.engine.barrier,
+        keep=job.plan.config.checkpoint.keep,
+    )
+    job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time.perf_counter() - start})
+
+
+def _eval_batches(job: Job, store_dir: str, *, rank: int, world_size: int, max_examples: int | None) -> Any:
+    config = job.plan.config
+    return eval_batches(
+        Store(store_dir),
+        job.task,
+        job.processor,
+        config,
+        micro_batch_size=config.eval.micro_batch_size or job.plan.micro_batch_size,
+        world_size=world_size,
+        rank=rank,
+        max_examples=max_examples,
+    )
+
+
+def _evaluate(job: Job, split: str, *, step: int) -> dict[str, float]:
+    """Metrics of a split over all ranks; nothing where the split has no data. Collective."""
+    store_dir = getattr(job.prepared, split)
+    if store_dir is None:
+        return {}
+    batches = _eval_batches(
+        job,
+        store_dir,
+        rank=job.world.rank,
+        world_size=job.world.size,
+        max_examples=job.plan.config.eval.max_examples,
+    )
+    metrics = evaluate(job.engine.module, batches, job.task, job.plan.config, reduce=job.engine.all_reduce_sum)
+    job.log({"kind": "eval", "split": split, "step": step} | metrics)
+    return metrics
+
+
+def _answer(job: Job, when: str) -> None:
+    """Answers the prompts `before` or `after` training. ZeRO-3 needs every rank for a forward, the others one."""
+    wanted = job.plan.config.generation.prompts
+    if wanted == "auto":
+        first = job.prepared.first_prompt
+        questions = [first] if first is not None else []
+    else:
+        questions = [{"prompt": prompt, "reference": None} for prompt in wanted]
+    if not questions or not (job.is_first or job.plan.zero_stage == 3):
+        return
+    prompts = [question["prompt"] for question in questions]
+    answers = generate(job.engine.module, job.processor, job.task, prompts, job.plan.config)
+    if when == "before":
+        job.samples = [dict(question) for question in questions]
+    for sample, answer in zip(job.samples, answers, strict=True):
+        sample[when] = answer
+    if job.is_first:
+        job.run_dir.write_json(job.run_dir.samples_json, job.samples)
+    job.emit({"event": "samples", "when": when, "samples": job.samples})
+
+
+def _finish(job: Job, step: int) -> dict[str, Any]:
+    """Final metrics and samples, the saved result, and the proof that it reloads to the same loss."""
+    final = {split: _evaluate(job, split, step=step) for split in ("validation", "test")}
+    _answer(job, "after")
+    live_loss, batch = _proof_batch(job)
+    state = job.engine.trained_state()
+    summary: dict[str, Any] = {}
+    if job.is_first:
+        assert state is not None
+        path = export.save_final(job.plan, job.engine.module, state, job.prepared.labels)
+        proof = export.prove(job.plan, path, batch, live_loss, labels=job.prepared.labels)
+        job.emit({"event": "proof", "path": str(path)} | proof)
+        summary = {"steps": step, "result": str(path), "proof": proof} | {k: v for k, v in final.items() if v}
+        summary["peak_memory_bytes"] = job.peak_memory_bytes
+        job.emit({"event": "finish", "run_dir": job.plan.run_dir} | summary)
+    job.engine.barrier()
+    return summary
+
+
+def _proof_batch(job: Job) -> tuple[float, Any]:
+    """One batch (validation if there is any) and the live model's loss on it. Collective under ZeRO-3."""
+    store_dir = job.prepared.validation or job.prepared.train
+    batches = _eval_batches(job, store_dir, rank=0, world_size=1, max_examples=job.plan.micro_batch_size)
+    batch = next(iter(batches))
+    return evaluate(job.engine.module, [batch], job.task, job.plan.config)["loss"], batch
