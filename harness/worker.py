@@ -4,9 +4,7 @@ Resuming needs no flag: the newest complete checkpoint in the run directory is t
 from (an interrupted run, or a worker that died a moment ago).
 """
 
-import ctypes
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,11 +89,10 @@ def run(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> dict
 
 
 def set_up_process(plan: Plan, world: World) -> None:
-    """Threads, allocator, the rank variables DeepSpeed reads, and the accelerator it uses."""
+    """Threads, the rank variables DeepSpeed reads, and the accelerator it uses."""
     torch.set_num_threads(plan.num_threads)
     if plan.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        keep_freed_memory()
     else:
         torch.cuda.set_device(world.local_rank)
     ranks = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.size}
@@ -104,20 +101,6 @@ def set_up_process(plan: Plan, world: World) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     torch.manual_seed(plan.config.seed)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed activations instead of returning them to the kernel after every step.
-
-    PyTorch frees and allocates the same large buffers each step; giving them back costs a page fault per 4 KiB.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> Job:
