@@ -1,0 +1,109 @@
+"""Equalities between whole runs in fp32: what must not change the result does not change it."""
+
+import random
+
+import pytest
+from ranks import KILLED, RankPool, losses, make_job, run_job
+
+LORA_DROPOUT = {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two ranks joined by gloo."""
+    with RankPool(2, tmp_path_factory.mktemp("pair")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One rank in a process of its own."""
+    with RankPool(1, tmp_path_factory.mktemp("single")) as pool:
+        yield pool
+
+
+def run(pool, folder, name, **changes):
+    """The losses of a run called `name` on all ranks of the pool."""
+    job = make_job(folder, world=pool.world, name=name, **changes)
+    assert pool.run(job) is None
+    return losses(job)
+
+
+def test_zero_stages_0_1_2_3_give_equal_losses_with_dropout(pair, tmp_path):
+    by_stage = [
+        run(pair, tmp_path, f"zero{stage}", memory__zero_stage=stage, adapter=LORA_DROPOUT) for stage in (0, 1, 2, 3)
+    ]
+    assert by_stage[0][-1] < by_stage[0][0]
+    for other in by_stage[1:]:
+        assert other == pytest.approx(by_stage[0], rel=1e-5)
+
+
+def test_two_ranks_equal_one_rank_with_twice_the_accumulation_with_dropout(pair, single, tmp_path):
+    """The seed of a micro-batch is its number in the global batch, so dropout falls alike on one rank and on two."""
+    changes = {"adapter": LORA_DROPOUT, "train__micro_batch_size": 2}
+    two = run(pair, tmp_path, "two", **changes)
+    one = run(single, tmp_path, "one", **changes)
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_every_factorisation_of_a_global_batch_of_8_gives_equal_losses(pair, single, tmp_path):
+    reference = run(single, tmp_path, "w1m8", train__micro_batch_size=8)
+    for pool, micros in ((single, (1, 2, 4)), (pair, (1, 2, 4))):
+        for micro in micros:
+            found = run(pool, tmp_path, f"w{pool.world}m{micro}", train__micro_batch_size=micro)
+            assert found == pytest.approx(reference, rel=1e-5), (pool.world, micro)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_packed_equals_unpacked(single, tmp_path, method):
+    adapter = {"method": "full"} if method == "full" else {"method": "lora", "rank": 4, "alpha": 8}
+    unpacked = run(single, tmp_path, "unpacked", adapter=adapter)
+    packed = run(single, tmp_path, "packed", adapter=adapter, data__packing=True)
+    assert packed == pytest.approx(unpacked, rel=1e-4)
+
+
+def test_full_fine_tuning_is_equal_at_every_stage(pair, single, tmp_path):
+    changes = {
+        "adapter": {"method": "full"},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1},
+    }
+    reference = run(single, tmp_path, "one", **changes)
+    for stage in (0, 1, 2, 3):
+        found = run(pair, tmp_path, f"zero{stage}", memory__zero_stage=stage, **changes)
+        assert found == pytest.approx(reference, rel=1e-5), stage
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(pair, single, tmp_path, stage):
+    """Stage 0 is the inline engine; the kill is SIGKILL of rank 0 between two checkpoints."""
+    pool = single if stage == 0 else pair
+    changes = {
+        "memory__zero_stage": stage,
+        "adapter": LORA_DROPOUT,
+        "checkpoint": {"every_steps": 3},
+        "train": {"max_steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1},
+    }
+    expected = run(pool, tmp_path, "whole", **changes)
+    step = random.Random(stage).randint(4, 10)
+    killed = make_job(tmp_path, world=pool.world, name="killed", kill_after_step=step, **changes)
+    assert pool.run(killed) == KILLED
+    resumed = make_job(tmp_path, world=pool.world, name="killed", mode="resume", **changes)
+    assert pool.run(resumed) is None
+    assert losses(resumed) == expected
+
+
+def test_an_interrupted_run_has_its_checkpoint_and_its_own_process_can_finish_it(tmp_path):
+    """The stop file is read before every step; here it is there from the start."""
+    from burnish.harness.errors import Interrupted
+    from burnish.harness.run_dir import RunDir
+
+    job = make_job(tmp_path, world=1, name="stopped", adapter=LORA_DROPOUT)
+    stop = RunDir(job.plan["run_dir"]).stop
+    stop.touch()
+    with pytest.raises(Interrupted):
+        run_job(job, 0, 1)
+    stop.unlink()
+    run_job(make_job(tmp_path, world=1, name="stopped", mode="resume", adapter=LORA_DROPOUT), 0, 1)
+    whole = make_job(tmp_path, world=1, name="whole", adapter=LORA_DROPOUT)
+    run_job(whole, 0, 1)
+    assert losses(job) == losses(whole)
