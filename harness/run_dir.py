@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -166,9 +167,19 @@ def _dumps(value: Any, **options: Any) -> bytes:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes the file whole: a reader sees the old content or the new, also after a crash."""
+    write_bytes(path, _dumps(value, indent=2) + b"\n")
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Writes all lines of the file anew, whole."""
+    write_bytes(path, b"".join(_dumps(record) + b"\n" for record in records))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replaces the file in one rename, after the content is on the disk."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        file.write(_dumps(value, indent=2) + b"\n")
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,0 +1,114 @@
+"""Bytes per rank of a run's lasting state: weights, gradients, master weights, optimizer state. Pure; no torch.
+
+Activations, logits and the working buffers of an engine come on top. The division over ranks is that of the ZeRO paper
+(arXiv 1910.02054, section 5): stage 1 divides optimizer state and master weights, stage 2 gradients as well, stage 3
+the weights too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Quantization
+from .plan import Plan
+
+FP32_BYTES = 4
+DTYPE_BYTES = {"fp32": FP32_BYTES, "bf16": 2}
+NF4_BLOCK = 64
+NF4_SCALE_BLOCK = 256
+ADAM_8BIT_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters. `quantized` of the `total` are kept in the quantised form; those are never trained."""
+
+    total: int
+    trainable: int
+    quantized: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.quantized >= 0, self
+        assert 0 <= self.trainable <= self.total - self.quantized, self
+
+
+def state_bytes(plan: Plan, counts: Counts) -> dict[str, int]:
+    """Bytes per rank by part, and their `total`."""
+    config, trained = plan.config, counts.trainable
+    dtype_bytes = DTYPE_BYTES[config.model.dtype]
+    whole = counts.total - counts.quantized
+    masters = 0 if config.model.dtype == "fp32" else FP32_BYTES * trained
+    return divided(
+        weights=whole * dtype_bytes + quantized_bytes(config.quantization, counts.quantized),
+        # Both engines accumulate gradients in fp32: bf16 sums lose the small contributions of late micro-batches.
+        gradients=FP32_BYTES * trained,
+        master_weights=masters,
+        optimizer_state=OPTIMIZER_BYTES[config.optimizer.name](trained, config.optimizer),
+        world_size=plan.world_size,
+        zero_stage=plan.zero_stage,
+    )
+
+
+def divided(
+    *, weights: int, gradients: int, master_weights: int, optimizer_state: int, world_size: int, zero_stage: int
+) -> dict[str, int]:
+    """The share of one rank (rounded up) of each part under a ZeRO stage, and the sum as `total`."""
+    first_divided_stage = {
+        "weights": (weights, 3),
+        "gradients": (gradients, 2),
+        "master_weights": (master_weights, 1),
+        "optimizer_state": (optimizer_state, 1),
+    }
+    parts = {
+        name: -(-size // world_size) if zero_stage >= stage else size
+        for name, (size, stage) in first_divided_stage.items()
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def quantized_bytes(quantization: Quantization, count: int) -> int:
+    """Bytes of `count` quantised weights with their scales. int8 leaves out its one fp32 scale per row.
+
+    nf4 has 4 bits per weight and a scale per 64 weights: fp32, or with double_quant 8 bits and a second fp32 scale
+    per 256 scales (QLoRA, arXiv 2305.14314, section 3).
+    """
+    if quantization.type == "none":
+        assert count == 0, count
+        return 0
+    if quantization.type == "int8":
+        return count
+    num_scales = -(-count // NF4_BLOCK)
+    if quantization.double_quant:
+        return -(-count // 2) + num_scales + FP32_BYTES * -(-num_scales // NF4_SCALE_BLOCK)
+    return -(-count // 2) + FP32_BYTES * num_scales
+
+
+def _adamw(count: int, optimizer: Any) -> int:
+    return 2 * FP32_BYTES * count
+
+
+def _adamw_8bit(count: int, optimizer: Any) -> int:
+    """Two moments of 8 bits, each with an fp32 scale per 256 values (arXiv 2110.02861)."""
+    return 2 * (count + FP32_BYTES * -(-count // ADAM_8BIT_BLOCK))
+
+
+def _sgd(count: int, optimizer: Any) -> int:
+    return FP32_BYTES * count if optimizer.momentum else 0
+
+
+def _rmsprop(count: int, optimizer: Any) -> int:
+    return FP32_BYTES * count * (2 if optimizer.momentum else 1)
+
+
+def _adafactor(count: int, optimizer: Any) -> int:
+    """One fp32 per row and per column of a matrix: sub-linear in the count, below 1 % of the weights, so left out."""
+    return 0
+
+
+OPTIMIZER_BYTES: dict[str, Callable[[int, Any], int]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "sgd": _sgd,
+    "rmsprop": _rmsprop,
+    "adafactor": _adafactor,
+}
