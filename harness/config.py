@@ -1,52 +1,63 @@
 """The schema of a run: one frozen pydantic model per YAML section. Imports no torch.
 
 Every section refuses unknown keys. A choice with options of its own is a discriminated union, so an illegal
-combination cannot be written. Reading files, overrides and error sentences live in `config_io`.
+combination cannot be written. Reading files and overrides is `config_io`, error sentences are `config_errors`.
 """
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_bytes(value: Any) -> Any:
-    """`24GiB` -> 25769803776; numbers pass through. Raises ValueError on an unknown unit."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if not match or match[2].upper() not in UNITS:
-        raise ValueError("a size looks like 24GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-Positive = Annotated[int, Field(gt=0, le=10**12)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0, le=1e6)]
+from .config_checks import impossible_combinations
+from .config_types import (
+    Betas,
+    Bytes,
+    Fraction,
+    Labels,
+    Line,
+    ModelFields,
+    NotNegative,
+    Pattern,
+    Positive,
+    Probability,
+    Rank,
+    Rate,
+    RunName,
+    Seed,
+    Text,
+    as_list,
+)
 
 
 class Section(BaseModel):
-    """A YAML section: immutable, no unknown keys, no NaN or infinity, no silent str -> int."""
+    """A YAML section: immutable, no unknown keys, no NaN or infinity, no conversion but int -> float."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
 class Model(Section):
-    path: str | None = None
-    """Hub id, folder, file (.gguf) or package:NAME/FILE. Empty with `init`: random weights."""
-    init: dict[str, Any] | None = None
-    """Fields of a transformers config (with `model_type`): build the model with random weights instead of loading one."""
-    revision: str | None = None
+    path: Line | None = None
+    """Hub id, folder, file (.gguf) or package:NAME/FILE."""
+    init: ModelFields | None = None
+    """Fields of a transformers config with its `model_type`: random weights instead of loaded ones."""
+    revision: Line | None = None
     """Git revision of a hub id."""
-    tokenizer: str | None = None
+    tokenizer: Line | None = None
     """Where the tokenizer or image processor is, if not with the model."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of weights and compute. With bf16 the optimizer keeps fp32 master weights of what is trained."""
@@ -58,9 +69,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.path is None) == (self.init is None):
-            raise ValueError("give exactly one of path (load weights) and init (random weights)")
-        if self.init is not None and "model_type" not in self.init:
-            raise ValueError("init needs model_type, for example {model_type: resnet}")
+            raise ValueError("give exactly one of path (load weights) and init (random weights); null removes one")
         return self
 
 
@@ -84,23 +93,23 @@ Quantization = Annotated[NoQuantization | Nf4 | Int8, Field(discriminator="type"
 class CausalLM(Section):
     type: Literal["causal_lm"]
     label_smoothing: Probability = 0.0
-    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    neftune_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """NEFTune: uniform noise of alpha/sqrt(tokens*hidden) on the embeddings while training (arXiv 2310.05914)."""
 
 
 class SequenceClassification(Section):
     type: Literal["sequence_classification"]
-    labels: list[str] | None = None
+    labels: Labels | None = None
     """Class names in order; found in the training data (sorted) if left out."""
     label_smoothing: Probability = 0.0
-    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    neftune_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.0
 
 
 class ImageClassification(Section):
     type: Literal["image_classification"]
-    labels: list[str] | None = None
+    labels: Labels | None = None
     """Class names in order; found in the training data (sorted) if left out."""
-    image_size: Positive | None = None
+    image_size: Annotated[int, Field(gt=0, le=10_000)] | None = None
     """Edge in pixels; the model's own size if left out."""
     label_smoothing: Probability = 0.0
 
@@ -111,17 +120,17 @@ Format = Literal["auto", "chat", "prompt_completion", "alpaca", "text", "classif
 
 
 class Source(Section):
-    path: str
+    path: Line
     """File, folder, glob, hub id, fsspec URL, package:NAME/FILE, stdlib:docstrings or sklearn:digits."""
     format: Format = "auto"
     """How a row becomes an example; auto looks at the columns."""
-    columns: dict[str, str] = {}
+    columns: dict[str, Line] = {}
     """Our column name -> the name in the file, for example {prompt: question, completion: answer}."""
-    subset: str | None = None
+    subset: Line | None = None
     """Configuration name of a hub dataset."""
-    split: str = "train"
+    split: Line = "train"
     """Split of a hub dataset or datasets folder."""
-    where: dict[str, list[str | int | float | bool]] = {}
+    where: dict[str, Annotated[list[str | int | float | bool], Field(min_length=1)]] = {}
     """Keep the rows whose column (file's name) has one of these values."""
     limit: Positive | None = None
     """Use only the first rows that pass."""
@@ -134,11 +143,11 @@ class Source(Section):
         return {"path": value} if isinstance(value, str) else value
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, dict)) else value
-
-
-Sources = Annotated[list[Source], BeforeValidator(_as_list), Field(min_length=1, max_length=1000)]
+Sources = Annotated[
+    list[Source],
+    BeforeValidator(as_list, json_schema_input_type=str | Source | list[str | Source]),
+    Field(min_length=1, max_length=1000),
+]
 
 
 class Split(Section):
@@ -146,9 +155,9 @@ class Split(Section):
 
     validation: Probability = 0.0
     test: Probability = 0.0
-    by: str | None = None
+    by: Line | None = None
     """Column that keeps rows together: all rows with one value land in one split."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> Self:
@@ -162,36 +171,36 @@ class Data(Section):
     validation: Sources | None = None
     test: Sources | None = None
     split: Split = Split()
-    max_length: Positive = 1024
+    max_length: Annotated[int, Field(ge=2, le=10**8)] = 1024
     """Tokens per example; longer ones meet `truncation`."""
     truncation: Literal["right", "left", "drop", "error"] = "right"
     """right / left = cut that end, drop = leave the row out and count it, error = stop with exit code 4."""
     packing: bool = False
-    """Join a micro-batch's examples into one row, attention kept apart: no padding is computed, results do not change."""
+    """Join a micro-batch's examples into one row, attention kept apart: no padding is computed, same results."""
     loss_on: Literal["assistant", "completion", "all"] = "completion"
     """Tokens that are learned: every assistant turn, only the last answer, or everything."""
-    chat_template: str | None = None
+    chat_template: Text | None = None
     """Jinja template, or a file that holds one; the tokenizer's own if left out."""
     max_bad_fraction: Fraction = 0.01
     """Share of malformed rows above which the run stops with exit code 4."""
     max_row_bytes: Bytes = 1_000_000
     """A larger row counts as malformed."""
-    cache_dir: str | None = None
+    cache_dir: Line | None = None
     """Where tokenised data is kept; runs/.cache beside the run directory if left out."""
 
 
 class LoraOptions(Section):
-    rank: Annotated[int, Field(gt=0, le=1024)] = 16
+    rank: Rank = 16
     alpha: Rate = 32.0
     dropout: Probability = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[list[Pattern], Field(min_length=1)] = "all-linear"
     """all-linear = every linear layer but the head; or names / regular expressions of modules."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
-    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=1024)]] = {}
+    rank_pattern: dict[Pattern, Rank] = {}
     """Rank for the modules that match a name or regular expression."""
-    alpha_pattern: dict[str, Rate] = {}
-    modules_to_save: list[str] = []
+    alpha_pattern: dict[Pattern, Rate] = {}
+    modules_to_save: list[Line] = []
     """Modules trained whole and saved with the adapter, for example a new head."""
 
 
@@ -214,9 +223,9 @@ class Full(Section):
 
 class Freeze(Section):
     method: Literal["freeze"]
-    trainable: list[str] = []
+    trainable: list[Pattern] = []
     """Regular expressions; a parameter whose name matches one is trained."""
-    last_layers: Annotated[int, Field(ge=0)] = 0
+    last_layers: NotNegative = 0
     """Train the last n transformer blocks or stages."""
     head: bool = True
     """Train the output head."""
@@ -238,14 +247,14 @@ class OptimizerBase(Section):
 
 
 class Adamw(OptimizerBase):
-    name: Literal["adamw"]
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    name: Literal["adamw"] = "adamw"
+    betas: Betas = (0.9, 0.999)
     eps: Rate = 1e-8
 
 
 class Adamw8bit(OptimizerBase):
     name: Literal["adamw_8bit"]
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     eps: Rate = 1e-8
 
 
@@ -253,12 +262,6 @@ class Sgd(OptimizerBase):
     name: Literal["sgd"]
     momentum: Probability = 0.0
     nesterov: bool = False
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum above 0")
-        return self
 
 
 class Rmsprop(OptimizerBase):
@@ -278,7 +281,7 @@ Optimizer = Annotated[Adamw | Adamw8bit | Sgd | Rmsprop | Adafactor, Field(discr
 class Schedule(Section):
     lr: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: Fraction = 0.03
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: NotNegative | None = None
     """Overrides warmup_ratio."""
     min_lr_ratio: Fraction = 0.0
     """Final learning rate as a share of the peak."""
@@ -293,39 +296,39 @@ class Train(Section):
     """Examples per optimizer step, over all workers; accumulation is derived from it."""
     micro_batch_size: Literal["auto"] | Positive = "auto"
     """Examples per forward pass on one worker."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Clip the global gradient norm; 0 = off."""
-    num_threads: Positive | None = None
+    num_threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     """CPU threads per worker; the cores divided by the workers if left out."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of max_steps and epochs")
+            raise ValueError("give exactly one of max_steps and epochs; null removes one")
         return self
 
 
 class Memory(Section):
     budget: Literal["auto"] | Bytes = "auto"
     """Bytes a worker may use; auto = what its device has."""
-    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    zero_stage: Literal["auto"] | Annotated[int, Field(ge=0, le=3)] = "auto"
     activation_checkpointing: Literal["auto", "none", "full"] = "auto"
 
 
 class Inline(Section):
     """One process, no Ray."""
 
-    type: Literal["inline"]
+    type: Literal["inline"] = "inline"
 
 
 class Ray(Section):
     type: Literal["ray"]
-    address: str | None = None
+    address: Line | None = None
     """Address of an existing cluster; empty = start one on this machine for this run."""
-    num_workers: Positive = 1
-    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {}
+    num_workers: Annotated[int, Field(gt=0, le=100_000)] = 1
+    resources_per_worker: dict[Line, Annotated[float, Field(ge=0.001, le=1e6)]] = {}
     use_gpu: Literal["auto"] | bool = "auto"
-    max_failures: Annotated[int, Field(ge=0)] = 0
+    max_failures: NotNegative = 0
     """Restarts from the newest checkpoint after a worker dies."""
 
 
@@ -351,56 +354,43 @@ class Tracking(Section):
 
 
 class Generation(Section):
-    prompts: list[str] | Literal["auto"] = "auto"
+    prompts: Literal["auto"] | list[Text] = "auto"
     """Answered before and after training; auto = the first validation example's prompt, [] = none."""
     max_new_tokens: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """0 = greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    name: RunName
     """Names the run directory runs_dir/name."""
-    runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    runs_dir: Line = "runs"
+    seed: Seed = 0
     model: Model
     quantization: Quantization = NoQuantization()
     task: Task
     data: Data
     adapter: Adapter
-    optimizer: Optimizer
+    optimizer: Optimizer = Adamw()
     schedule: Schedule = Schedule()
     train: Train
     memory: Memory = Memory()
-    launch: Launch = Inline(type="inline")
+    launch: Launch = Inline()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
     generation: Generation = Generation()
 
-    @field_validator("runs_dir")
+    @field_validator("quantization", "optimizer", "launch", mode="before")
     @classmethod
-    def _plain_folder(cls, value: str) -> str:
-        if not value.strip() or "\0" in value:
-            raise ValueError("runs_dir must name a folder")
-        return value
+    def _default_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        tag = str(field.discriminator)
+        return {tag: getattr(field.default, tag)} | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        quantized, method = self.quantization.type != "none", self.adapter.method
-        if method == "qlora" and not quantized:
-            raise ValueError("adapter.method qlora needs quantization.type nf4 or int8 (or use method lora)")
-        if quantized and method != "qlora":
-            raise ValueError(f"a quantised base cannot be trained with adapter.method {method}; use qlora")
-        if quantized and self.model.init is not None:
-            raise ValueError("quantization needs weights to quantise: give model.path instead of model.init")
-        if self.data.packing and self.task.type != "causal_lm":
-            raise ValueError("data.packing is for task.type causal_lm only")
-        stage, optimizer = self.memory.zero_stage, self.optimizer.name
-        if stage not in ("auto", 0) and optimizer in ("adafactor", "adamw_8bit"):
-            raise ValueError(
-                f"optimizer.name {optimizer} keeps factored or block-wise state that ZeRO partitions would tear; "
-                "use memory.zero_stage 0, or adamw"
-            )
+        if mistakes := impossible_combinations(self):
+            raise ValueError("\n".join(mistakes))
         return self

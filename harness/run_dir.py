@@ -15,7 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import NAME_PATTERN, Config
+from .config import Config
+from .config_types import NAME_PATTERN
 from .errors import ConfigError
 from .plan import Plan
 
