@@ -73,6 +73,15 @@ def test_full_fine_tuning_is_equal_at_every_stage(pair, single, tmp_path):
         assert found == pytest.approx(reference, rel=1e-5), stage
 
 
+def test_qlora_gives_equal_losses_at_stages_0_2_and_3(pair, tmp_path):
+    changes = {"quantization": {"type": "nf4"}, "adapter": {"method": "qlora", "rank": 4, "alpha": 8, "dropout": 0.1}}
+    reference = run(pair, tmp_path, "zero0", memory__zero_stage=0, **changes)
+    assert reference[-1] < reference[0]
+    for stage in (2, 3):
+        found = run(pair, tmp_path, f"zero{stage}", memory__zero_stage=stage, **changes)
+        assert found == pytest.approx(reference, rel=1e-4), stage
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(pair, single, tmp_path, stage):
     """Stage 0 is the inline engine; the kill is SIGKILL of rank 0 between two checkpoints."""
