@@ -132,7 +132,7 @@ class RunDir:
     def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
         return read_jsonl(path)
 
-    def log_event(self, event: str, **fields: Any) -> None:
+    def log_event(self, event: str, /, **fields: Any) -> None:
         """Appends one line to events.jsonl, stamped with the time in seconds since 1970."""
         append_jsonl(self.events_jsonl, {"event": event, "time": round(time.time(), 3), **fields})
 

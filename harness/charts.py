@@ -1,0 +1,128 @@
+"""Line charts as inline SVG, without scripts. The picture stretches with the page; its labels are HTML and do not."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .markup import Markup, join, number, tag
+
+EDGE = 1000
+"""The picture is EDGE x EDGE units and stretched to the width and height of its box."""
+MAX_BUCKETS = 400
+
+Point = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve. `colour` is a class of the style sheet; a point with y = None is a gap (not finite)."""
+
+    name: str
+    points: Sequence[Point]
+    colour: str
+    style: Literal["line", "faint", "marked"] = "line"
+
+
+def chart(
+    title: str, series: Sequence[Series], *, floor: float | None = None, width: Literal["half", "full"]
+) -> Markup:
+    """A figure with its key, axes and curves; nothing if no series has a finite point. The y axis reaches `floor`."""
+    drawn = [one for one in series if any(y is not None for _, y in one.points)]
+    if not drawn:
+        return Markup("")
+    xs = [x for one in drawn for x, _ in one.points]
+    ys = [y for one in drawn for _, y in one.points if y is not None]
+    x_low, x_high = _widened(min(xs), max(xs), share=0.0)
+    y_low, y_high = _widened(min(ys), max(ys), share=0.06)
+    y_low = y_low if floor is None or min(ys) < floor else floor
+    x_ticks, y_ticks = ticks(x_low, x_high, count=6, whole=True), ticks(y_low, y_high, count=4)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return EDGE * (x - x_low) / (x_high - x_low), EDGE * (y_high - y) / (y_high - y_low)
+
+    grid = " ".join(f"M0 {place(x_low, y)[1]:.1f}H{EDGE}" for y in y_ticks)
+    shapes = [tag("path", d=grid, class_="grid")]
+    for one in drawn:
+        parts = [[place(x, y) for x, y in run] for run in unbroken(decimated(one.points))]
+        line = " ".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in part) for part in parts)
+        shapes.append(tag("path", d=line, class_=f"{one.style} {one.colour}"))
+        # A round cap on a line of no length stays a circle however the picture is stretched.
+        spots = [spot for part in parts for spot in part if one.style == "marked" or len(part) == 1]
+        dots = " ".join(f"M{x:.1f} {y:.1f}h0" for x, y in spots)
+        shapes.append(tag("path", d=dots, class_=f"dots {one.colour}") if dots else Markup(""))
+    labels = [tag("span", number(y), class_="y", style=f"top:{place(x_low, y)[1] / 10:.2f}%") for y in y_ticks]
+    labels += [tag("span", number(x), class_="x", style=f"left:{place(x, y_low)[0] / 10:.2f}%") for x in x_ticks]
+    described = f"{title}: " + "; ".join(_described(one) for one in drawn)
+    svg = tag(
+        "svg", *shapes, viewBox=f"0 0 {EDGE} {EDGE}", preserveAspectRatio="none", role="img", aria_label=described
+    )
+    keys = [tag("span", one.name, class_=f"key {one.colour}") for one in drawn if one.style != "faint" and one.name]
+    return tag(
+        "figure",
+        tag("figcaption", tag("b", title), join(*keys)),
+        tag("div", svg, *labels, class_="plot"),
+        class_=f"chart {width}",
+    )
+
+
+def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten apart) in low…high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    if whole:
+        step = max(1.0, float(math.ceil(step)))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def decimated(points: Sequence[Point]) -> list[Point]:
+    """At most 2 * MAX_BUCKETS points: the lowest and highest of each bucket, so that no spike is lost. Gaps stay."""
+    if len(points) <= 2 * MAX_BUCKETS:
+        return list(points)
+    kept: list[Point] = []
+    for bucket in range(MAX_BUCKETS):
+        start, end = (bucket * len(points) // MAX_BUCKETS, (bucket + 1) * len(points) // MAX_BUCKETS)
+        some = [(y, index) for index in range(start, end) if (y := points[index][1]) is not None]
+        gaps = [index for index in range(start, end) if points[index][1] is None]
+        chosen = {min(some)[1], max(some)[1]} if some else set()
+        kept += [points[index] for index in sorted(chosen | set(gaps[:1]))]
+    return kept
+
+
+def unbroken(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
+    """The curve cut at its gaps."""
+    parts: list[list[tuple[float, float]]] = [[]]
+    for x, y in points:
+        if y is None:
+            parts.append([])
+        else:
+            parts[-1].append((x, y))
+    return [part for part in parts if part]
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Exponential moving average over about a twentieth of the curve, without the bias towards its start."""
+    keep = 1 - 1 / max(1.0, len(points) / 20)
+    total, weight = 0.0, 0.0
+    result: list[Point] = []
+    for x, y in points:
+        if y is None:
+            result.append((x, None))
+            continue
+        total, weight = keep * total + y, keep * weight + 1
+        result.append((x, total / weight))
+    return result
+
+
+def _widened(low: float, high: float, *, share: float) -> tuple[float, float]:
+    if low == high:
+        margin = abs(low) * 0.1 or 1.0
+        return low - margin, high + margin
+    return low - share * (high - low), high + share * (high - low)
+
+
+def _described(series: Series) -> str:
+    values = [y for _, y in series.points if y is not None]
+    return f"{series.name or 'curve'} from {number(values[0])} to {number(values[-1])}"
