@@ -78,7 +78,9 @@ def _plain_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0, le=10**18)]
+Size = Annotated[int, Field(gt=0, le=10**18)]
+SizeText = Annotated[str, Field(examples=["24GiB", "512MiB"])]
+Bytes = Annotated[Size, BeforeValidator(parse_bytes, json_schema_input_type=Size | SizeText)]
 Positive = Annotated[int, Field(gt=0, le=10**12)]
 NotNegative = Annotated[int, Field(ge=0, le=10**12)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
