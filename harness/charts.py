@@ -103,16 +103,17 @@ def unbroken(points: Sequence[Point]) -> list[list[tuple[float, float]]]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over about a twentieth of the curve, without the bias towards its start."""
-    keep = 1 - 1 / max(1.0, len(points) / 20)
-    total, weight = 0.0, 0.0
+    """Mean over a window of a tenth of the curve around each point, narrower at the ends: it does not lag behind."""
+    sums, counts = [0.0], [0]
+    for _, y in points:
+        sums.append(sums[-1] + (y or 0.0))
+        counts.append(counts[-1] + (y is not None))
     result: list[Point] = []
-    for x, y in points:
-        if y is None:
-            result.append((x, None))
-            continue
-        total, weight = keep * total + y, keep * weight + 1
-        result.append((x, total / weight))
+    for i, (x, y) in enumerate(points):
+        reach = min(len(points) // 20, i, len(points) - 1 - i)
+        start, end = i - reach, i + reach + 1
+        mean = None if y is None else (sums[end] - sums[start]) / (counts[end] - counts[start])
+        result.append((x, mean))
     return result
 
 

@@ -14,6 +14,7 @@ from .summary import Facts, read_facts, summarise
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEADLINES = ("loss", "perplexity", "accuracy", "macro_f1")
 METRIC_NAMES = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "macro_f1": "macro F1"}
+SHARES = ("accuracy", "macro_f1")
 MAX_EVENTS = 200
 MAX_TEXT = 20_000
 GIB = 2**30
@@ -51,7 +52,8 @@ def headline(facts: Facts, summary: dict[str, Any]) -> Markup:
             continue
         change = validated["change"].get(key)
         note = tag("span", _changed(key, change), class_=_better(change)) if change else _so_far(before, after)
-        values = number(after) if before is None else join(tag("i", f"{number(before)} → "), number(after))
+        old, new = _metric(key, before), _metric(key, after)
+        values = new if before is None else join(tag("i", f"{old} → "), new)
         tiles.append(_tile(f"Validation {METRIC_NAMES[key]}", values, note))
     tiles.append(_tile("Wall time", duration(summary["wall_time_s"]), _attempts(summary["num_attempts"])))
     unit = "Examples" if summary["task"] == "image_classification" else "Tokens"
@@ -64,7 +66,10 @@ def headline(facts: Facts, summary: dict[str, Any]) -> Markup:
     model = summary["model"].get("name") or _config(facts, "model").get("path")
     line = " · ".join(str(part) for part in (model, summary["task"], summary["method"], steps) if part)
     title = tag("h1", summary["name"], tag("span", summary["status"], class_=f"status {summary['status']}"))
-    return join(tag("header", title, tag("p", line, class_="soft")), tag("div", *tiles, class_="tiles"))
+    return join(
+        tag("header", title, tag("p", line, class_="soft")),
+        tag("div", *tiles, class_="tiles", style=f"--columns: {4 if len(tiles) > 6 else 3}"),
+    )
 
 
 def curves(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -82,9 +87,10 @@ def curves(facts: Facts, summary: dict[str, Any]) -> Markup:
             width="full",
         )
     ]
-    for key in ("accuracy", "macro_f1"):
-        series = Series("validation", _points(validations, key), "copper", "marked")
-        figures.append(chart(METRIC_NAMES[key].capitalize(), [series], width="half"))
+    for key in SHARES:
+        series = Series("validation", _scaled(_points(validations, key), 100.0), "copper", "marked")
+        title = METRIC_NAMES[key]
+        figures.append(chart(f"{title[0].upper()}{title[1:]} (%)", [series], width="half"))
     unit = "Examples" if summary["task"] == "image_classification" else "Tokens"
     for title, key, scale in (
         ("Learning rate", "lr", 1.0),
@@ -92,13 +98,14 @@ def curves(facts: Facts, summary: dict[str, Any]) -> Markup:
         (f"{unit} per second", "tokens_per_s", 1.0),
         ("Memory (GiB)", "memory_bytes", 1.0 / GIB),
     ):
-        points = [(x, None if y is None else y * scale) for x, y in _points(facts.train, key)]
+        points = _scaled(_points(facts.train, key), scale)
         figures.append(chart(title, [Series("", points, "blue")], floor=0.0, width="half"))
     drawn = join(*figures)
     broken = sorted({record["step"] for record in facts.train if record.get("non_finite") or record.get("skipped")})
     warning = f"Skipped or not finite at step {_listed(broken)}: a gap in the curves."
     note = tag("p", warning, class_="bad") if broken else None
-    return _section("Curves", note, tag("div", drawn, class_="charts")) if drawn else Markup("")
+    axis = tag("p", "Over the optimizer steps done.", class_="soft")
+    return _section("Curves", axis, note, tag("div", drawn, class_="charts")) if drawn else Markup("")
 
 
 def validation(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -107,7 +114,10 @@ def validation(facts: Facts, summary: dict[str, Any]) -> Markup:
         return Markup("")
     skipped = ("kind", "split", "step", "time", "non_finite")
     keys = sorted({key for record in facts.evals for key in record if key not in skipped}, key=_metric_order)
-    rows = [[record.get("split"), record["step"], *(number(record.get(key)) for key in keys)] for record in facts.evals]
+    rows = [
+        [record.get("split"), record["step"], *(_metric(key, record.get(key)) for key in keys)]
+        for record in facts.evals
+    ]
     names = [METRIC_NAMES.get(key, key.replace("_", " ")) for key in keys]
     return _section("Validation and test", _table(rows, head=["split", "step", *names], class_="figures"))
 
@@ -149,7 +159,8 @@ def proof(facts: Facts, summary: dict[str, Any]) -> Markup:
     if not found:
         return Markup("")
     sentence = "The saved result was loaded into a fresh model and gave its loss on one batch again."
-    rows = [[key.replace("_", " "), _value(key, value)] for key, value in found.items()]
+    exact = {key: f"{value:.7g}" if isinstance(value, float) else value for key, value in found.items()}
+    rows = [[key.replace("_", " "), _value(key, value)] for key, value in exact.items()]
     return _section("Proof of the save", tag("p", sentence), _table(rows, class_="stack"))
 
 
@@ -173,7 +184,8 @@ def history(facts: Facts, summary: dict[str, Any]) -> Markup:
     start = events[0].get("time") or 0.0
     rows = []
     for event in shown:
-        details = {key: value for key, value in event.items() if key not in ("event", "time")}
+        hidden_keys = ("event", "time", "run_dir")
+        details = {k: v for k, v in event.items() if k not in hidden_keys and not isinstance(v, dict)}
         clock = duration(event["time"] - start) if isinstance(event.get("time"), (int, float)) else ""
         rows.append([clock, event.get("event"), _details(details)])
     note = f"{len(checkpoints)} checkpoints; {len(hidden)} of them are not listed." if hidden else None
@@ -239,10 +251,21 @@ def _tile(name: str, value: Any, note: Any) -> Markup:
     )
 
 
+def _metric(key: str, value: Any) -> str:
+    """A metric with the same decimals wherever it stands, so that columns can be compared."""
+    if not isinstance(value, (int, float)):
+        return number(value)
+    if key in SHARES:
+        return f"{value:.1%}"
+    return f"{value:.3f}" if isinstance(value, float) and 1e-2 <= abs(value) < 1e4 else number(value)
+
+
 def _changed(key: str, change: dict[str, Any]) -> str:
-    if key in ("accuracy", "macro_f1"):
-        return f"{100 * change['difference']:+.1f} points"
-    return f"{change['relative']:+.1%}" if change["relative"] is not None else ""
+    if key in SHARES:
+        written = f"{100 * change['difference']:+.1f} points"
+    else:
+        written = f"{change['relative']:+.1%}" if change["relative"] is not None else ""
+    return written.replace("-", "−")
 
 
 def _better(change: dict[str, Any]) -> str:
@@ -264,6 +287,10 @@ def _points(records: list[dict[str, Any]], key: str) -> list[Point]:
         for record in records
         if key in record
     ]
+
+
+def _scaled(points: list[Point], factor: float) -> list[Point]:
+    return [(x, None if y is None else y * factor) for x, y in points]
 
 
 def _content(value: Any) -> Markup:

@@ -20,13 +20,14 @@ a { color: var(--blue); }
 .status { font-size: 13px; font-weight: 600; vertical-align: 5px; padding: 3px 10px; border-radius: 99px;
   margin-left: 10px; border: 1px solid currentColor; color: var(--soft); white-space: nowrap; letter-spacing: 0; }
 .status.finished, .good { color: var(--good); } .status.failed, .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1px; background: var(--line);
+.tiles { display: flex; flex-wrap: wrap; gap: 1px; background: var(--line);
   border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.tile { background: var(--card); padding: 14px 16px 15px; min-width: 0; flex: 1 1 0; }
+.tile { background: var(--card); padding: 14px 16px 15px; min-width: 0; flex: 1 1 calc(88% / var(--columns)); }
 .tile small { display: block; font-size: 13px; }
 .tile b { display: block; font-size: 22px; font-weight: 620; line-height: 1.3; letter-spacing: -0.01em; }
 .tile b i { font-style: normal; font-weight: 400; color: var(--soft); font-size: 17px; }
-.tile span { font-size: 13px; }
+.tile span { font-size: 13px; color: var(--soft); }
+.tile .good { color: var(--good); } .tile .bad { color: var(--bad); }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
 .chart { margin: 0; padding: 14px 18px 12px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; min-width: 0; }
@@ -43,7 +44,7 @@ figcaption b { font-weight: 620; margin-right: auto; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 1.75; stroke-linejoin: round; }
 .plot .grid { stroke: var(--line); stroke-width: 1; }
 .plot .blue { stroke: var(--blue); } .plot .copper { stroke: var(--copper); }
-.plot .faint { opacity: 0.3; stroke-width: 1; }
+.plot .faint { opacity: 0.45; stroke-width: 1; }
 .plot .dots { stroke-width: 7; stroke-linecap: round; }
 .plot span { position: absolute; font-size: 12px; line-height: 1; color: var(--soft); white-space: nowrap; }
 .plot .y { right: calc(100% + 8px); transform: translateY(-50%); }
@@ -56,6 +57,7 @@ thead + tbody tr:first-child > * { border-top: 1px solid var(--line); }
 th { font-weight: 500; color: var(--soft); white-space: nowrap; }
 thead th { font-size: 13px; }
 td { overflow-wrap: anywhere; }
+.stack th { width: 240px; }
 .figures td, .figures th { text-align: right; overflow-wrap: normal; white-space: nowrap; }
 .figures td:first-child, .figures th:first-child { text-align: left; }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin-bottom: 16px; }
@@ -76,11 +78,11 @@ summary { cursor: pointer; color: var(--blue); padding: 4px 0; }
 footer { margin-top: 56px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 13px; color: var(--soft); }
 @media (max-width: 760px) {
   main { padding: 24px 16px 56px; } h1 { font-size: 25px; } h2 { margin-top: 38px; }
-  .tiles { grid-template-columns: 1fr 1fr; } .tile { padding: 12px 12px 13px; } .tile b { font-size: 18px; }
+  .tile { padding: 12px 12px 13px; flex-basis: 45%; } .tile b { font-size: 18px; }
   .tile b i { font-size: 15px; }
   .charts, .answers, .answers.three { grid-template-columns: 1fr; }
   .answers > div { border-left: 0; border-top: 1px solid var(--line); } .answers > div:first-child { border-top: 0; }
   .chart { padding: 12px 12px 10px; } .full .plot { height: 210px; } th, td { padding: 7px 12px; }
-  table.stack th { white-space: normal; } }
+  .stack th { white-space: normal; width: 40%; } }
 @media print { .plot, .sample, .tile { break-inside: avoid; } pre { max-height: none; } }
 """

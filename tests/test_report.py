@@ -189,7 +189,8 @@ def test_classification_shows_accuracy_in_points_and_has_its_curves(tmp_path: Pa
     assert "Validation accuracy" in html
     assert "Validation macro F1" in html
     assert "+30.0 points" in html
-    assert "<b>Accuracy</b>" in html
+    assert "<b>Accuracy (%)</b>" in html
+    assert "<b>Macro F1 (%)</b>" in html
     assert "perplexity" not in html
     change = read_json(run.summary_json)["validation"]["change"]["accuracy"]
     assert change["difference"] == pytest.approx(0.3)
