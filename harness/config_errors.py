@@ -179,7 +179,7 @@ def _schema_at(path: Path, raw: Any, schema: Schema) -> Schema:
             here = branch["prefixItems"][part] if "prefixItems" in branch else branch.get("items", {})
         else:
             here = _properties(here, raw, schema).get(part, _extra(here, schema))
-        raw = raw[part] if isinstance(raw, list) or (isinstance(raw, dict) and part in raw) else None
+        raw = raw[part] if isinstance(part, int) or (isinstance(raw, dict) and part in raw) else None
     return here
 
 

@@ -14,9 +14,11 @@ from .config_errors import dotted, explain, shown, suggestion
 from .errors import ConfigError
 from .strict_yaml import MAX_CHARS, Path, YamlError, dump_yaml, parse_yaml
 
-CHOICES = {(name,): str(info.discriminator) for name, info in Config.model_fields.items() if info.discriminator}
+CHOICES: dict[Path, str] = {
+    (name,): str(info.discriminator) for name, info in Config.model_fields.items() if info.discriminator
+}
 """Sections that are a choice -> the key that chooses; another choice replaces the section."""
-TAGS = CHOICES | {("model", "init"): "model_type"}
+TAGS: dict[Path, str] = CHOICES | {("model", "init"): "model_type"}
 
 
 @dataclass

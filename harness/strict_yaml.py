@@ -4,7 +4,7 @@ The only importer of yaml. Values are built from parser events, so nothing in a 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ MAX_CHARS = 1_000_000
 MAX_DEPTH = 32
 MAX_VALUES = 100_000
 MAX_DIGITS = 100
-CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+CONSTANTS: dict[str, bool | float | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 CONSTANTS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 CONSTANTS |= {sign + word: float(sign + "inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")}
 CONSTANTS |= dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan"))
@@ -35,7 +35,7 @@ class YamlError(ValueError):
 
 @dataclass
 class Document:
-    """A parsed text: its value, the line of each key and list item, and of keys that appear again (the first counts)."""
+    """A parsed text: its value, the line of each key and list item, and of keys that appear again (the first wins)."""
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def parse_yaml(text: str) -> Document:
         events.close()
 
 
-def _events(text: str) -> Iterator[Any]:
+def _events(text: str) -> Generator[Any, None, None]:
     """libyaml's events where PyYAML was built with it: the pure parser needs ten seconds for 1 MB."""
     try:
         yield from yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
