@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from .config import Config
+from .errors import ConfigError
 from .optimizers import make_optimizer
 from .plan import Plan
 
@@ -65,7 +66,7 @@ class Engine(Protocol):
     def load_state(self, state: State) -> None:
         """Restores `state()`, saved by any engine at any world size; every rank passes all of it.
 
-        Raises ValueError if the parameters differ from this model's.
+        Raises ConfigError if the parameters differ from this model's.
         """
 
     def barrier(self) -> None:
@@ -238,13 +239,13 @@ def load_buffers(model: torch.nn.Module, state: State) -> None:
 
 
 def check_names(state: State, model: torch.nn.Module) -> None:
-    """Raises ValueError unless the state holds exactly this model's trained parameters and buffers, in their shapes."""
+    """Raises ConfigError unless the state holds exactly this model's trained parameters and buffers, in their shapes."""
     shapes = {f"param/{name}": _shape(param) for name, param in model.named_parameters() if param.requires_grad}
     shapes |= {f"buffer/{name}": tuple(buffer.shape) for name, buffer in live_buffers(model).items()}
     found = {name: tuple(value.shape) for name, value in state.items() if not name.startswith("optim/")}
     different = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if different:
-        raise ValueError(
+        raise ConfigError(
             f"the checkpoint is of another model: {len(different)} tensors differ, the first is {different[0]} "
             f"(model {shapes.get(different[0], 'does not have it')}, checkpoint {found.get(different[0], 'does not')})"
         )

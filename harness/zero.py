@@ -8,6 +8,7 @@ caller before this module is imported.
 
 import logging
 import math
+import warnings
 from typing import Any
 
 import deepspeed
@@ -48,6 +49,8 @@ class ZeroEngine:
 
     def __init__(self, plan: Plan, model: torch.nn.Module, world: World) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed 0.19 calls the older names of torch's collectives; torch warns at every call site.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         self.world, self.stage, self.model = world, plan.zero_stage, model
         self.owns_group = _join(world)
         if torch.device(world.device).type == "cpu":

@@ -23,11 +23,11 @@ def make_config(**changes: Any) -> Config:
         "data": {"train": "unused.jsonl"},
         "adapter": {"method": "full"},
         "optimizer": {"name": "adamw", "learning_rate": LR, "weight_decay": 0.1},
-        "train": {"max_steps": 10, "max_grad_norm": 1.0},
+        "train": {"max_steps": 100, "max_grad_norm": 1.0},
     }
     for key, value in changes.items():
         section, name = key.split("__")
-        fields[section][name] = value
+        fields.setdefault(section, {})[name] = value
     return Config.model_validate(fields)
 
 

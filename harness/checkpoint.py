@@ -1,0 +1,313 @@
+"""Checkpoints: atomic, checksummed, of every rank. Tensors are safetensors, everything else is JSON; no pickle.
+
+    checkpoints/step_00000120/
+        MANIFEST.json               step, world size, sha256 and size of every file, sha256 of itself
+        state_00000.safetensors …   the engine's gathered state in shards of at most 2 GiB
+        trainer.json                what the caller passed as `trainer`
+        rng_00000.json …            random number generators, one file per rank
+
+Order of a save: write into a hidden temporary folder -> fsync -> hash -> all ranks meet -> MANIFEST.json -> fsync ->
+rename -> fsync of the parent -> delete the oldest. A folder without a manifest that verifies does not count. The
+folder must be visible to all ranks.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .engine import State, World
+from .errors import ConfigError, TrainingError
+from .faults import faultpoint
+
+SHARD_BYTES = 2 * 2**30
+MANIFEST = "MANIFEST.json"
+SPARE_BYTES = 2**20
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    *,
+    state: State | None,
+    trainer: dict[str, Any],
+    world: World,
+    barrier: Callable[[], None],
+    keep: int,
+) -> Path:
+    """Writes checkpoints/step_<step> and keeps the newest `keep`. Collective; `state` is rank 0's, None elsewhere.
+
+    Raises TrainingError, on every rank, if a value is not finite or a file cannot be written; earlier checkpoints
+    stay as they are and nothing is left of this one.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
+    problem: Exception | None = None
+    try:
+        if world.rank == 0:
+            _clean(folder)
+            temporary.mkdir(parents=True)
+    except OSError as error:
+        problem = error
+    barrier()
+    try:
+        if problem is None:
+            _write_part(temporary, state, trainer, world)
+    except (OSError, SafetensorError, TrainingError) as error:
+        problem = error
+    barrier()
+    parts = [temporary / f"part_{rank:05d}.json" for rank in range(world.size)]
+    missing = [rank for rank, part in enumerate(parts) if not part.exists()]
+    barrier()
+    try:
+        if world.rank == 0 and problem is None and not missing:
+            faultpoint("save.before_manifest")
+            _commit(temporary, final, parts, step=step, world_size=world.size)
+            _prune(folder, keep=keep)
+    except OSError as error:
+        problem = error
+    barrier()
+    if problem is not None or missing or not verify(final, hashes=False):
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise _explain(problem, folder, state, missing) from problem
+    return final
+
+
+def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files all have the recorded hashes, and the paths of newer broken ones."""
+    broken: list[str] = []
+    for path in reversed(_step_folders(Path(run_dir) / "checkpoints")):
+        if verify(path):
+            return path, broken
+        broken.append(str(path))
+    return None, broken
+
+
+def load(path: str | Path, rank: int) -> tuple[State, dict[str, Any], dict[str, Any] | None]:
+    """(state, trainer, rng) of a verified checkpoint. `rng` is None for a rank that the saving run did not have."""
+    files = json.loads((Path(path) / MANIFEST).read_text())["files"]
+    state: State = {}
+    for name in sorted(files):
+        if name.endswith(".safetensors"):
+            state |= load_file(Path(path) / name)
+    trainer = json.loads((Path(path) / "trainer.json").read_text())
+    rng_name = f"rng_{rank:05d}.json"
+    rng = json.loads((Path(path) / rng_name).read_text()) if rng_name in files else None
+    return state, trainer, rng
+
+
+def check_same(trainer: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises ConfigError naming the first entry of `identity` that differs from the checkpoint's."""
+    for key, value in identity.items():
+        if trainer.get(key) != value:
+            raise ConfigError(
+                f"cannot resume: {key} differs from the checkpoint ({trainer.get(key)!r} was saved, now it is "
+                f"{value!r}); restore it, or start again with --fresh"
+            )
+
+
+def verify(path: Path, *, hashes: bool = True) -> bool:
+    """Whether the manifest is intact and every file has its size (and, with `hashes`, its sha256)."""
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        if text != _manifest_bytes(manifest) or path.name != f"step_{manifest['step']:08d}":
+            return False
+        return all(
+            _is_plain(name)
+            and (path / name).stat().st_size == entry["bytes"]
+            and (not hashes or _sha256(path / name) == entry["sha256"])
+            for name, entry in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def rng_state() -> dict[str, Any]:
+    """Python's, NumPy's and torch's generators as JSON-able values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in cuda],
+    }
+
+
+def set_rng_state(state: dict[str, Any] | None) -> None:
+    """Restores `rng_state()`; None leaves the generators alone. CUDA states are used if the number of GPUs agrees."""
+    if state is None:
+        return
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_decode(text) for text in state["cuda"]])
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _write_part(temporary: Path, state: State | None, trainer: dict[str, Any], world: World) -> None:
+    """This rank's files, on disk before their hashes are; the part file appears last."""
+    names = [f"rng_{world.rank:05d}.json"]
+    _write_json(temporary / names[0], rng_state())
+    if world.rank == 0:
+        assert state is not None
+        _check_finite(state)
+        needed, free = _bytes(state) + SPARE_BYTES, shutil.disk_usage(temporary).free
+        if free < needed:
+            raise OSError(f"{needed} bytes are needed and {free} are free")
+        for i, shard in enumerate(_shards(state)):
+            names.append(f"state_{i:05d}.safetensors")
+            save_file(shard, temporary / names[-1])
+            faultpoint("save.after_shard")
+        names.append("trainer.json")
+        _write_json(temporary / names[-1], trainer)
+    faultpoint("save.before_fsync")
+    for name in names:
+        _fsync(temporary / name)
+    faultpoint("save.after_fsync")
+    files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in names}
+    part = temporary / f"part_{world.rank:05d}.json"
+    _write_json(part.with_suffix(".new"), files)
+    part.with_suffix(".new").rename(part)
+    faultpoint("save.after_part")
+
+
+def _commit(temporary: Path, final: Path, parts: list[Path], *, step: int, world_size: int) -> None:
+    """Manifest, then the rename that makes the checkpoint count."""
+    files: dict[str, Any] = {}
+    for part in parts:
+        files |= json.loads(part.read_text())
+        part.unlink()
+    manifest = {"format": 1, "step": step, "world_size": world_size, "files": files}
+    (temporary / MANIFEST).write_bytes(_manifest_bytes(manifest))
+    _fsync(temporary / MANIFEST)
+    _fsync(temporary)
+    faultpoint("save.before_rename")
+    if final.exists():
+        # Only a broken folder can be in the way: training goes on from the newest whole one.
+        final.rename(_unused(final.with_name(f"{final.name}.broken")))
+    temporary.rename(final)
+    faultpoint("save.after_rename")
+    _fsync(final.parent)
+
+
+def _unused(path: Path) -> Path:
+    number = 0
+    while path.exists():
+        number += 1
+        path = path.with_suffix(f".broken-{number}")
+    return path
+
+
+def _prune(folder: Path, *, keep: int) -> None:
+    """Deletes the oldest whole checkpoints beyond `keep`; broken ones are left for their owner to look at."""
+    whole = [path for path in _step_folders(folder) if verify(path, hashes=False)]
+    for path in whole[:-keep]:
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        doomed = path.with_name(f".{path.name}.tmp")
+        path.rename(doomed)
+        faultpoint("save.in_prune")
+        shutil.rmtree(doomed)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what interrupted saves have left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """step_<n> folders, oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _explain(problem: Exception | None, folder: Path, state: State | None, missing: list[int]) -> TrainingError:
+    if isinstance(problem, TrainingError):
+        return problem
+    if problem is None:
+        return TrainingError(f"the checkpoint in {folder} could not be written; failed ranks: {missing or [0]}")
+    needed = f"{_bytes(state) + SPARE_BYTES} bytes are needed, " if state is not None else ""
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    return TrainingError(
+        f"cannot write a checkpoint to {folder}: {problem} ({needed}{free} bytes are free there); "
+        "earlier checkpoints are untouched"
+    )
+
+
+def _shards(state: State) -> list[State]:
+    """The state cut into files of at most SHARD_BYTES (a larger tensor has a file of its own)."""
+    shards: list[State] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _check_finite(state: State) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingError(f"{name} has non-finite values; the checkpoint is not written")
+
+
+def _bytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """Canonical text with the hash of the rest inside, so that every flipped bit shows."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, sort_keys=True, indent=1).encode()
+
+
+def _is_plain(name: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9_]+\.[a-z]+", name))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,267 @@
+"""Files only, no training: atomicity under kill -9, every corruption found, the previous checkpoint chosen."""
+
+import errno
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from burnish.harness import checkpoint, faults
+from burnish.harness.engine import World
+from burnish.harness.errors import ConfigError, TrainingError
+
+POINTS = (
+    "save.after_shard",
+    "save.before_fsync",
+    "save.after_fsync",
+    "save.after_part",
+    "save.before_manifest",
+    "save.before_rename",
+    "save.after_rename",
+    "save.in_prune",
+)
+ALONE = World(rank=0, local_rank=0, size=1, device="cpu")
+SAVER = """
+import os, sys
+sys.path.insert(0, sys.argv[3])
+from burnish.harness import faults
+import test_checkpoint
+for step in (1, 2):
+    test_checkpoint.save(sys.argv[1], step)
+faults.arm(sys.argv[2], lambda: os.kill(os.getpid(), 9))
+for step in (3, 4):
+    test_checkpoint.save(sys.argv[1], step)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_left():
+    yield
+    faults.disarm()
+
+
+def make_state(step):
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "param/weight": torch.randn(40, 30, generator=generator),
+        "optim/exp_avg/weight": torch.randn(40, 30, generator=generator),
+        "optim/step/weight": torch.tensor(float(step)),
+        "optim/state1/weight": torch.randint(0, 255, (40, 30), generator=generator, dtype=torch.uint8),
+    }
+
+
+def save(run_dir, step, *, keep=2, state=None):
+    return checkpoint.save(
+        run_dir,
+        step,
+        state=make_state(step) if state is None else state,
+        trainer={"step": step, "data": "abc"},
+        world=ALONE,
+        barrier=lambda: None,
+        keep=keep,
+    )
+
+
+def assert_whole(path):
+    state, trainer, rng = checkpoint.load(path, 0)
+    expected = make_state(trainer["step"])
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert rng is not None
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_and_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    path, broken = checkpoint.newest(tmp_path)
+    assert path.name == "step_00000003"
+    assert not broken
+    assert_whole(path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step_00000002", "step_00000003"]
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_state_larger_than_a_shard_is_cut_and_joined_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5000)
+    path = save(tmp_path, 1)
+    assert len(list(path.glob("state_*.safetensors"))) == 3
+    assert_whole(path)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_save_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, point):
+    tests = str(Path(__file__).parent)
+    process = subprocess.run([sys.executable, "-c", SAVER, tmp_path, point, tests], timeout=120, check=False)
+    assert process.returncode == -9
+    path, broken = checkpoint.newest(tmp_path)
+    assert path.name in ("step_00000002", "step_00000003")
+    assert not broken
+    assert_whole(path)
+    assert_whole(save(tmp_path, 5))
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def damage(path, rng):
+    """One random fault in one random file of a checkpoint; returns what was done."""
+    files = sorted(path.iterdir())
+    file = rng.choice(files)
+    content = bytearray(file.read_bytes())
+    kind = rng.choice(["flip", "flip", "flip", "truncate", "empty", "delete", "swap", "append"])
+    if kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "truncate":
+        del content[rng.randrange(len(content)) :]
+    elif kind == "empty":
+        content.clear()
+    elif kind == "append":
+        content.append(0)
+    elif kind == "swap":
+        content = bytearray(rng.choice([other for other in files if other != file]).read_bytes())
+    if kind == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    return kind, file.name
+
+
+def test_every_one_of_200_random_faults_is_found_and_the_previous_checkpoint_chosen(tmp_path):
+    rng = random.Random(0)
+    save(tmp_path / "clean", 1)
+    save(tmp_path / "clean", 2)
+    for i in range(200):
+        run_dir = tmp_path / str(i)
+        shutil.copytree(tmp_path / "clean", run_dir)
+        newest = run_dir / "checkpoints" / "step_00000002"
+        done = damage(newest, rng)
+        path, broken = checkpoint.newest(run_dir)
+        assert path is not None, done
+        assert path.name == "step_00000001", done
+        assert broken == [str(newest)], done
+        shutil.rmtree(run_dir)
+
+
+def test_training_on_from_the_previous_checkpoint_moves_the_broken_one_aside(tmp_path):
+    save(tmp_path, 1)
+    broken = save(tmp_path, 2)
+    (broken / "trainer.json").write_text("{}")
+    assert_whole(save(tmp_path, 2))
+    assert broken.with_name("step_00000002.broken").is_dir()
+
+
+def test_a_manifest_that_names_files_outside_its_folder_does_not_verify(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    outside = tmp_path / "outside.json"
+    outside.write_text("{}")
+    manifest["files"]["../../outside.json"] = {"bytes": 2, "sha256": checkpoint._sha256(outside)}
+    (path / "MANIFEST.json").write_bytes(checkpoint._manifest_bytes(manifest))
+    assert not checkpoint.verify(path)
+
+
+def test_non_finite_weights_are_refused_and_the_previous_checkpoint_stays(tmp_path):
+    save(tmp_path, 1)
+    bad = make_state(2)
+    bad["param/weight"][3, 4] = float("nan")
+    with pytest.raises(TrainingError, match="param/weight has non-finite values"):
+        save(tmp_path, 2, state=bad)
+    assert checkpoint.newest(tmp_path)[0].name == "step_00000001"
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(tmp_path):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 1)
+    for point in POINTS[:6]:
+        faults.arm(point, full)
+        with pytest.raises(TrainingError, match=r"No space left.* bytes are needed, .* bytes are free") as caught:
+            save(tmp_path, 2)
+        assert str(tmp_path) in str(caught.value)
+        faults.disarm()
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert_whole(save(tmp_path, 2))
+
+
+def test_a_write_that_the_system_cuts_short_is_one_clear_error(tmp_path):
+    save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7000, before[1]))
+    try:
+        with pytest.raises(TrainingError, match="cannot write a checkpoint"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.newest(tmp_path)[0].name == "step_00000001"
+
+
+def on_threads(run_dir, count, action=None):
+    """A save by `count` ranks that are threads; returns their results or errors."""
+    meeting, results = threading.Barrier(count), {}
+
+    def work(rank):
+        if action:
+            action(rank)
+        try:
+            results[rank] = checkpoint.save(
+                run_dir,
+                1,
+                state=make_state(1) if rank == 0 else None,
+                trainer={"step": 1},
+                world=World(rank=rank, local_rank=rank, size=count, device="cpu"),
+                barrier=lambda: meeting.wait(timeout=20) and None,
+                keep=1,
+            )
+        except TrainingError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_every_rank_leaves_its_generators_and_a_new_rank_has_none(tmp_path):
+    results = on_threads(tmp_path, 3)
+    assert set(results.values()) == {tmp_path / "checkpoints" / "step_00000001"}
+    assert all(checkpoint.load(results[0], rank)[2] is not None for rank in range(3))
+    assert checkpoint.load(results[0], 3)[2] is None
+
+
+def test_when_one_rank_cannot_write_every_rank_says_so(tmp_path):
+    def fail():
+        if threading.current_thread() is threads[2]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    threads = {}
+    faults.arm("save.after_fsync", fail)
+    results = on_threads(tmp_path, 3, lambda rank: threads.__setitem__(rank, threading.current_thread()))
+    assert all(isinstance(result, TrainingError) for result in results.values())
+    assert "failed ranks: [2]" in str(results[0])
+    assert checkpoint.newest(tmp_path) == (None, [])
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_random_generators_go_on_where_they_were():
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+
+    draw()
+    state = json.loads(json.dumps(checkpoint.rng_state()))
+    expected = [draw(), draw()]
+    checkpoint.set_rng_state(state)
+    assert [draw(), draw()] == expected
+
+
+def test_resuming_with_other_data_is_refused():
+    checkpoint.check_same({"data": "abc", "seed": 1}, {"data": "abc"})
+    with pytest.raises(ConfigError, match="data differs from the checkpoint"):
+        checkpoint.check_same({"data": "abc"}, {"data": "abd"})
