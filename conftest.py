@@ -1,0 +1,14 @@
+"""Settings of every test process and its children: offline, no telemetry, quiet, CPU where there is no GPU."""
+
+import os
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.update(SETTINGS)
+if not os.path.exists("/proc/driver/nvidia/version"):
+    os.environ["DS_ACCELERATOR"] = "cpu"
