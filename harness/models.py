@@ -1,0 +1,258 @@
+"""A backbone: loaded or made, checked, adapted. `build` is what a worker calls."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GgufConfig
+
+from . import adapters
+from .config import Config
+from .errors import ConfigError
+from .plan import Plan
+from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
+from .tasks import get_task
+from .tasks.common import accepts, unwrap
+
+POOLERS = ("pooler",)
+"""Backbone modules that a checkpoint trained on another task may lack; trained together with a new head."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by number and by bytes as they lie in memory."""
+
+    total: int
+    trainable: int
+    weight_bytes: int
+    trainable_bytes: int
+
+
+def load_processor(config: Config) -> Any:
+    """The tokenizer or image processor of the task. Raises ConfigError."""
+    return get_task(config.task.type).load_processor(config)
+
+
+def load_model(
+    config: Config,
+    *,
+    labels: list[str] | None = None,
+    device: str = "cpu",
+    seed: int | None = None,
+    path: str | None = None,
+) -> nn.Module:
+    """The model in eval mode: weights loaded (GGUF unpacked, or quantised with nf4 / int8), or random with model.init.
+
+    A new head, and everything with model.init, is drawn from `seed` (config.seed if None). `path` overrides
+    model.path: a result of burnish's own. Raises ConfigError for a model that is missing, broken, pickled,
+    incomplete or too small for its tokenizer.
+    """
+    quiet()
+    if path is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": path, "init": None})})
+    model_config = load_config_of_model(config)
+    _set_labels(model_config, labels)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(config.seed if seed is None else seed)
+        origin = model_origin(config)
+        model = _random(config, model_config) if origin is None else _load(config, origin, model_config, device=device)
+    adapters.keep_nf4_layout(model)
+    _check_vocabulary(model, config)
+    model.origin_name = origin.name if origin else None
+    model.base_fingerprint = fingerprint(model)
+    return model.eval() if config.quantization.type != "none" else model.to(device).eval()
+
+
+def _set_labels(model_config: Any, labels: list[str] | None) -> None:
+    if labels is not None:
+        model_config.id2label = dict(enumerate(labels))
+        model_config.label2id = {name: i for i, name in enumerate(labels)}
+
+
+def _attention(config: Config) -> dict[str, Any]:
+    chosen = config.model.attn_implementation
+    return {} if chosen == "auto" else {"attn_implementation": chosen}
+
+
+def _random(config: Config, model_config: Any) -> Any:
+    auto = get_task(config.task.type).auto_class()
+    with explained("model.init", str(model_config.model_type)):
+        model = auto.from_config(model_config, dtype=adapters.torch_dtype(config), **_attention(config))
+    model.new_modules = ()
+    return model
+
+
+def _load(config: Config, origin: Origin, model_config: Any, *, device: str) -> Any:
+    check_files(origin, model_config)
+    auto, is_lm = get_task(config.task.type).auto_class(), config.task.type == "causal_lm"
+    options: dict[str, Any] = {
+        "dtype": adapters.torch_dtype(config),
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    options |= origin.options() | _attention(config)
+    with explained("model.path", origin.name):
+        heads, poolers = _head_names(config, model_config)
+        quantization = adapters.quantization_config(config, skip=heads + poolers)
+        if origin.gguf_file:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        elif quantization is not None:
+            options |= {"quantization_config": quantization, "device_map": {"": device}}
+        model, info = auto.from_pretrained(
+            origin.path,
+            config=model_config,
+            use_safetensors=None if origin.gguf_file else True,
+            ignore_mismatched_sizes=not is_lm,
+            output_loading_info=True,
+            **options,
+        )
+        _check_loaded(model, info, may_be_new=[] if is_lm else heads + poolers, name=origin.name)
+        if origin.gguf_file and quantization is not None:
+            model = _quantize(model, quantization, device=device)
+    new = {name.rpartition(".")[0] for name in info["missing_keys"] if _is_inside(name, poolers)}
+    model.new_modules = tuple(sorted(new))
+    return model
+
+
+def _quantize(model: Any, quantization: Any, *, device: str) -> Any:
+    """The same model with its linear layers quantised (a GGUF file cannot be quantised while it is read)."""
+    return type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=model.dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+    )
+
+
+def _head_names(config: Config, model_config: Any) -> tuple[list[str], list[str]]:
+    """Names of the head's modules, and of the poolers inside the backbone, found on an empty model."""
+    with torch.device("meta"):
+        auto = get_task(config.task.type).auto_class()
+        empty = auto.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
+    poolers = [name for name, _ in empty.named_modules() if name.rpartition(".")[2] in POOLERS]
+    return adapters.head_names(empty), poolers
+
+
+def _is_inside(name: str, modules: list[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def _check_loaded(model: Any, info: dict[str, Any], *, may_be_new: list[str], name: str) -> None:
+    """Every weight must come from the file, but those of a new classification head. Raises ConfigError."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(key for key in info["missing_keys"] if not _is_inside(key, may_be_new) and key not in tied)
+    unexpected = sorted(info["unexpected_keys"])
+    if may_be_new:  # the head of the task it was pre-trained on
+        prefix = f"{model.base_model_prefix}."
+        unexpected = [key for key in unexpected if key.startswith(prefix)]
+    mismatched = sorted(key for key, *_ in info["mismatched_keys"] if not _is_inside(key, may_be_new))
+    for what, keys in (("lacks", missing), ("has unknown", unexpected), ("has wrongly shaped", mismatched)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (" …" if len(keys) > 3 else "")
+            kind = type(model).__name__
+            raise ConfigError(f"model.path={name} {what} {len(keys)} weights of a {kind}: {shown}")
+
+
+def _check_vocabulary(model: Any, config: Config) -> None:
+    """Raises ConfigError where the tokenizer makes ids that the embedding does not have."""
+    if config.task.type == "image_classification" or (config.model.path is None and config.model.tokenizer is None):
+        return
+    size, rows = len(load_tokenizer(config)), model.get_input_embeddings().weight.shape[0]
+    if size > rows:
+        where = config.model.tokenizer or config.model.path
+        raise ConfigError(f"model.tokenizer={where} has {size} tokens but the model has embeddings for {rows} only")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes and 64 sampled values of every weight that is not quantised."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        if parameter.is_floating_point() and parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Counts of a built model as a dict; a quantised weight counts as what it stands for, its bytes as they are."""
+    return asdict(_count(model))
+
+
+def _count(model: nn.Module) -> Counts:
+    total = trainable = weight_bytes = trainable_bytes = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        number = state.shape.numel() if state is not None else parameter.numel()
+        total += number
+        weight_bytes += parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            trainable += number
+            trainable_bytes += parameter.numel() * parameter.element_size()
+    return Counts(total, trainable, weight_bytes, trainable_bytes)
+
+
+def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
+    """Counts without loading a weight. A quantised base is counted at its quantised size. Raises ConfigError."""
+    model_config = load_config_of_model(config)
+    _set_labels(model_config, labels)
+    auto = get_task(config.task.type).auto_class()
+    with torch.device("meta"), explained("model.path", str(config.model.path or model_config.model_type)):
+        model = auto.from_config(
+            model_config, dtype=adapters.torch_dtype(config), trust_remote_code=config.model.trust_remote_code
+        )
+        model.new_modules = ()
+        linear = set(adapters.linear_names(model))
+        saved = sum(m.weight.numel() for name, m in model.named_modules() if name in linear)
+        model = adapters.adapt(model, config)
+    counts = _count(model)
+    bits = {"none": 0.0, "nf4": 4.127 if getattr(config.quantization, "double_quant", True) else 4.5, "int8": 8.0}
+    bits_per_weight = bits[config.quantization.type]
+    if bits_per_weight:
+        size = torch.finfo(adapters.torch_dtype(config)).bits
+        quantized_bytes = counts.weight_bytes - int(saved * (size - bits_per_weight) / 8)
+        counts = Counts(counts.total, counts.trainable, quantized_bytes, counts.trainable_bytes)
+    return counts
+
+
+def build(plan: Plan, labels: list[str] | None = None) -> nn.Module:
+    """The model of a worker: loaded, checked for packing, adapted, activation checkpointing on, in train mode."""
+    config = plan.config
+    device = "cpu" if plan.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    model = load_model(config, labels=labels, device=device)
+    if config.data.packing:
+        check_packing(model)
+    model = adapters.adapt(model, config)
+    if plan.activation_checkpointing == "full":
+        with explained("memory.activation_checkpointing", "full"):
+            _checkpoint_activations(unwrap(model))
+    return model.train()
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Non-reentrant, so that frozen embeddings need no detour for gradients to flow."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raises ConfigError unless the examples of one packed row are invisible to each other.
+
+    Two rows that differ only in their first example must give the second example the same logits. State-space and
+    linear-attention layers carry state across and fail; so do models that know no position_ids.
+    """
+    name = type(unwrap(model)).__name__
+    if not accepts(model, "position_ids"):
+        raise ConfigError(
+            f"data.packing: {name} takes no position_ids, so packed examples would mix; switch packing off"
+        )
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    rows = [torch.tensor([[*first, 9, 8, 7, 6]], device=device) for first in ([1, 2, 3, 4], [5, 5, 10, 11])]
+    one, other = (model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float() for ids in rows)
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+        raise ConfigError(f"data.packing: in {name} the examples of a packed row see each other; switch packing off")
