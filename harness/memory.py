@@ -37,12 +37,13 @@ def state_bytes(plan: Plan, counts: Counts) -> dict[str, int]:
     config, trained = plan.config, counts.trainable
     dtype_bytes = DTYPE_BYTES[config.model.dtype]
     whole = counts.total - counts.quantized
-    masters = 0 if config.model.dtype == "fp32" else FP32_BYTES * trained
+    # DeepSpeed's stages 1 and 2 update a copy of the rank's share also where the weights are fp32 already.
+    has_masters = config.model.dtype != "fp32" or plan.zero_stage in (1, 2)
     return divided(
         weights=whole * dtype_bytes + quantized_bytes(config.quantization, counts.quantized),
         # Both engines accumulate gradients in fp32: bf16 sums lose the small contributions of late micro-batches.
         gradients=FP32_BYTES * trained,
-        master_weights=masters,
+        master_weights=FP32_BYTES * trained if has_masters else 0,
         optimizer_state=OPTIMIZER_BYTES[config.optimizer.name](trained, config.optimizer),
         world_size=plan.world_size,
         zero_stage=plan.zero_stage,

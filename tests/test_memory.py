@@ -55,6 +55,12 @@ def test_each_stage_divides_one_thing_more(zero_stage: int, expected: dict[str, 
     assert state_bytes(make_plan_for(zero_stage=zero_stage), Counts(total=1000, trainable=1000)) == expected
 
 
+@pytest.mark.parametrize(("zero_stage", "expected"), [(0, 0), (1, 1000), (2, 1000), (3, 0)])
+def test_fp32_has_masters_only_where_deepspeed_copies_its_share(zero_stage: int, expected: int) -> None:
+    parts = state_bytes(make_plan_for(dtype="fp32", zero_stage=zero_stage), Counts(total=1000, trainable=1000))
+    assert parts["master_weights"] == expected
+
+
 def test_fp32_needs_no_master_weights() -> None:
     parts = state_bytes(make_plan_for(dtype="fp32"), Counts(total=1000, trainable=1000))
     assert parts == {
