@@ -1,7 +1,9 @@
 """A backbone: loaded or made, checked, adapted. `build` is what a worker calls."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+import io
+from contextlib import redirect_stderr
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import GgufConfig
 from . import adapters
 from .config import Config
 from .errors import ConfigError
+from .memory import Counts
 from .plan import Plan
 from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
 from .tasks import get_task
@@ -18,16 +21,6 @@ from .tasks.common import accepts, unwrap
 
 POOLERS = ("pooler",)
 """Backbone modules that a checkpoint trained on another task may lack; trained together with a new head."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters by number and by bytes as they lie in memory."""
-
-    total: int
-    trainable: int
-    weight_bytes: int
-    trainable_bytes: int
 
 
 def load_processor(config: Config) -> Any:
@@ -59,8 +52,8 @@ def load_model(
         origin = model_origin(config)
         model = _random(config, model_config) if origin is None else _load(config, origin, model_config, device=device)
     adapters.keep_nf4_layout(model)
-    _check_vocabulary(model, config)
     model.origin_name = origin.name if origin else None
+    _check_vocabulary(model, config)
     model.base_fingerprint = fingerprint(model)
     return model.eval() if config.quantization.type != "none" else model.to(device).eval()
 
@@ -99,14 +92,15 @@ def _load(config: Config, origin: Origin, model_config: Any, *, device: str) -> 
             options["quantization_config"] = GgufConfig(dequantize=True)
         elif quantization is not None:
             options |= {"quantization_config": quantization, "device_map": {"": device}}
-        model, info = auto.from_pretrained(
-            origin.path,
-            config=model_config,
-            use_safetensors=None if origin.gguf_file else True,
-            ignore_mismatched_sizes=not is_lm,
-            output_loading_info=True,
-            **options,
-        )
+        with redirect_stderr(io.StringIO()):  # the progress bar of the GGUF reader has no switch
+            model, info = auto.from_pretrained(
+                origin.path,
+                config=model_config,
+                use_safetensors=None if origin.gguf_file else True,
+                ignore_mismatched_sizes=not is_lm,
+                output_loading_info=True,
+                **options,
+            )
         _check_loaded(model, info, may_be_new=[] if is_lm else heads + poolers, name=origin.name)
         if origin.gguf_file and quantization is not None:
             model = _quantize(model, quantization, device=device)
@@ -158,12 +152,12 @@ def _check_loaded(model: Any, info: dict[str, Any], *, may_be_new: list[str], na
 
 def _check_vocabulary(model: Any, config: Config) -> None:
     """Raises ConfigError where the tokenizer makes ids that the embedding does not have."""
-    if config.task.type == "image_classification" or (config.model.path is None and config.model.tokenizer is None):
-        return
+    own, given = model.origin_name, config.model.tokenizer
+    if config.task.type == "image_classification" or (given is None and (own is None or own.endswith(".gguf"))):
+        return  # no text, no tokenizer, or both out of one file
     size, rows = len(load_tokenizer(config)), model.get_input_embeddings().weight.shape[0]
     if size > rows:
-        where = config.model.tokenizer or config.model.path
-        raise ConfigError(f"model.tokenizer={where} has {size} tokens but the model has embeddings for {rows} only")
+        raise ConfigError(f"model.tokenizer={given or own} has {size} tokens but the model has embeddings for {rows} only")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -178,25 +172,25 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Counts of a built model as a dict; a quantised weight counts as what it stands for, its bytes as they are."""
+    """Counts of a built model as a dict; a quantised weight counts as what it stands for."""
     return asdict(_count(model))
 
 
 def _count(model: nn.Module) -> Counts:
-    total = trainable = weight_bytes = trainable_bytes = 0
+    total = trainable = quantized = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         number = state.shape.numel() if state is not None else parameter.numel()
         total += number
-        weight_bytes += parameter.numel() * parameter.element_size()
+        # nf4 weights keep the shape they had in their quant_state and may be stored in any dtype; int8 keeps its shape.
+        quantized += number if state is not None or not parameter.is_floating_point() else 0
         if parameter.requires_grad:
             trainable += number
-            trainable_bytes += parameter.numel() * parameter.element_size()
-    return Counts(total, trainable, weight_bytes, trainable_bytes)
+    return Counts(total, trainable, quantized)
 
 
 def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
-    """Counts without loading a weight. A quantised base is counted at its quantised size. Raises ConfigError."""
+    """Counts without loading a weight. Raises ConfigError."""
     model_config = load_config_of_model(config)
     _set_labels(model_config, labels)
     auto = get_task(config.task.type).auto_class()
@@ -206,16 +200,10 @@ def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
         )
         model.new_modules = ()
         linear = set(adapters.linear_names(model))
-        saved = sum(m.weight.numel() for name, m in model.named_modules() if name in linear)
+        quantizable = sum(m.weight.numel() for name, m in model.named_modules() if name in linear)
         model = adapters.adapt(model, config)
     counts = _count(model)
-    bits = {"none": 0.0, "nf4": 4.127 if getattr(config.quantization, "double_quant", True) else 4.5, "int8": 8.0}
-    bits_per_weight = bits[config.quantization.type]
-    if bits_per_weight:
-        size = torch.finfo(adapters.torch_dtype(config)).bits
-        quantized_bytes = counts.weight_bytes - int(saved * (size - bits_per_weight) / 8)
-        counts = Counts(counts.total, counts.trainable, quantized_bytes, counts.trainable_bytes)
-    return counts
+    return replace(counts, quantized=0 if config.quantization.type == "none" else quantizable)
 
 
 def build(plan: Plan, labels: list[str] | None = None) -> nn.Module:

@@ -157,12 +157,18 @@ def test_a_wrong_init_is_one_sentence():
 
 
 def test_counts_on_the_meta_device_equal_those_of_the_built_model(llama, tmp_path):
-    for method in ({"method": "lora", "rank": 4}, {"method": "full"}, {"method": "freeze", "last_layers": 1}):
-        config = make_config("llama", llama, adapter=method)
+    for method, quantization in (
+        ({"method": "lora", "rank": 4}, "none"),
+        ({"method": "full"}, "none"),
+        ({"method": "freeze", "last_layers": 1}, "none"),
+        ({"method": "qlora", "rank": 4}, "nf4"),
+    ):
+        config = make_config("llama", llama, adapter=method, quantization={"type": quantization})
         built = models.build(plan_of(config, tmp_path))
         counts = models.count_parameters(config)
         assert models.parameter_counts(built) == vars(counts)
-        assert counts.trainable_bytes == 4 * sum(p.numel() for p in built.parameters() if p.requires_grad)
+        assert counts.trainable == sum(p.numel() for p in built.parameters() if p.requires_grad)
+        assert (counts.quantized > 0) == (quantization != "none")
 
 
 def test_activation_checkpointing_gives_the_same_gradients_when_only_adapters_train(llama, tmp_path):
