@@ -1,0 +1,1 @@
+"""Rows from anywhere -> tokenised, memory-mapped stores -> the batches of a step."""
