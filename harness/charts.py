@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from .markup import Markup, join, number, tag
 
 EDGE = 1000
 """The picture is EDGE x EDGE units and stretched to the width and height of its box."""
 MAX_BUCKETS = 400
+MAX_SQUARES = 32
 
 Point = tuple[float, float | None]
 
@@ -115,6 +118,31 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
         mean = None if y is None else (sums[end] - sums[start]) / (counts[end] - counts[start])
         result.append((x, mean))
     return result
+
+
+def picture(values: Any) -> Markup | None:
+    """An image given as nested lists [height][width] or [height][width][1 or 3], as squares; None if it is no image.
+
+    The brightest number is white. A larger image than MAX_SQUARES on an edge is thinned out.
+    """
+    try:
+        pixels = np.asarray(values, dtype=np.float64)
+    except (ValueError, TypeError):
+        return None
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or min(pixels.shape) < 1 or not np.isfinite(pixels).all():
+        return None
+    stride = -(-max(pixels.shape[:2]) // MAX_SQUARES)
+    pixels = pixels[::stride, ::stride]
+    low, high = float(pixels.min()), float(pixels.max())
+    shades = np.broadcast_to((pixels - low) * (255 / (high - low or 1)), (*pixels.shape[:2], 3)).astype(int)
+    height, width = shades.shape[:2]
+    squares = [
+        tag("rect", x=x, y=y, width=1, height=1, fill="#{:02x}{:02x}{:02x}".format(*shades[y, x]))
+        for y in range(height)
+        for x in range(width)
+    ]
+    return tag("svg", *squares, viewBox=f"0 0 {width} {height}", class_="picture", role="img", aria_label="image")
 
 
 def _widened(low: float, high: float, *, share: float) -> tuple[float, float]:

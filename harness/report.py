@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .charts import Point, Series, chart, smoothed
+from .charts import Point, Series, chart, picture, smoothed
 from .markup import Markup, duration, join, number, size, tag
 from .report_style import STYLE
 from .run_dir import RunDir, write_bytes, write_json
@@ -294,7 +294,11 @@ def _scaled(points: list[Point], factor: float) -> list[Point]:
 
 
 def _content(value: Any) -> Markup:
-    """A prompt or an answer: text as it is, the rest as JSON."""
+    """A prompt or an answer: text as it is, an image as a picture, a class with its probability, the rest as JSON."""
+    if isinstance(value, list) and (drawn := picture(value)):
+        return drawn
+    if isinstance(value, dict) and isinstance(value.get("probability"), float):
+        value = f"{value.get('label')} ({value['probability']:.1%})"
     if not isinstance(value, str):
         value = json.dumps(value, indent=2, ensure_ascii=False)
     text = value if len(value) <= MAX_TEXT else value[:MAX_TEXT] + f"\n… {len(value) - MAX_TEXT} more characters"

@@ -74,7 +74,7 @@ pre { margin: 0; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaV
 .block pre { max-height: none; }
 details { margin: 0 0 12px; }
 summary { cursor: pointer; color: var(--blue); padding: 4px 0; }
-.picture { display: block; width: 128px; height: 128px; image-rendering: pixelated; border: 1px solid var(--line); }
+.picture { display: block; width: 112px; border: 1px solid var(--line); shape-rendering: crispEdges; }
 footer { margin-top: 56px; padding-top: 14px; border-top: 1px solid var(--line); font-size: 13px; color: var(--soft); }
 @media (max-width: 760px) {
   main { padding: 24px 16px 56px; } h1 { font-size: 25px; } h2 { margin-top: 38px; }

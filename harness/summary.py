@@ -88,7 +88,9 @@ def status(facts: Facts) -> str:
     for event in facts.events:
         name = event.get("event")
         result = ENDINGS.get(str(name), "unfinished" if name in FIRST_EVENTS else result)
-    return "failed" if result == "unfinished" and facts.run.fatal_json.exists() else result
+    if result == "unfinished" and facts.run.fatal_json.exists():
+        return "failed"
+    return "interrupted" if result == "unfinished" and facts.run.stop.exists() else result
 
 
 def attempt_times(facts: Facts) -> list[float]:

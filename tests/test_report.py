@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from burnish.harness.charts import MAX_BUCKETS, Series, chart, decimated, smoothed, ticks, unbroken
+from burnish.harness.charts import MAX_BUCKETS, Series, chart, decimated, picture, smoothed, ticks, unbroken
 from burnish.harness.errors import ConfigError
 from burnish.harness.markup import Markup, duration, number, size, tag
 from burnish.harness.plan import Decision
@@ -223,6 +223,32 @@ def test_the_status_is_that_of_the_last_attempt(tmp_path: Path, events: list[str
         add_event(run, name, 100 + i)
     assert write_report(run)["status"] == expected
     assert expected in html_of(run)
+
+
+def test_a_run_that_was_told_to_stop_is_interrupted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "small", num_steps=5)
+    run.stop.touch()
+    assert write_report(run)["status"] == "interrupted"
+
+
+def test_image_samples_are_drawn_and_classes_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "digits", num_steps=5, task="image_classification")
+    answer = {"label": "<7>", "probability": 0.984}
+    write_json(run.samples_json, [{"prompt": [[0, 16], [8, 0]], "reference": "7", "before": answer, "after": answer}])
+    html = html_of(run)
+    check(html)
+    assert html.count("<rect") == 4
+    assert 'fill="#ffffff"' in html
+    assert "&lt;7&gt; (98.4%)" in html
+    assert "Examples per second" in html
+
+
+def test_only_images_are_drawn_as_pictures() -> None:
+    assert picture(["a", "b"]) is None
+    assert picture([[1, 2], [3]]) is None
+    assert picture([1, 2, 3]) is None
+    assert picture([]) is None
+    assert (picture([[[0, 0, 255]] * 100] * 100) or "").count('fill="#0000ff"') == 25 * 25
 
 
 def test_time_between_attempts_does_not_count(tmp_path: Path) -> None:
