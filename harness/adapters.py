@@ -4,7 +4,6 @@ Only this file imports peft, and (with `bnb`) bitsandbytes' layers. Shape letter
 """
 
 import difflib
-import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,7 +38,6 @@ def quantization_config(config: Config, *, skip: list[str]) -> BitsAndBytesConfi
             llm_int8_skip_modules=skip,
         )
     if quantization.type == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line per layer otherwise
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return None
 

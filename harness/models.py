@@ -126,8 +126,11 @@ def _head_names(config: Config, model_config: Any) -> tuple[list[str], list[str]
     with torch.device("meta"):
         auto = get_task(config.task.type).auto_class()
         empty = auto.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    poolers = [name for name, _ in empty.named_modules() if name.rpartition(".")[2] in POOLERS]
-    return adapters.head_names(empty), poolers
+    return adapters.head_names(empty), _poolers(empty)
+
+
+def _poolers(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in POOLERS]
 
 
 def _is_inside(name: str, modules: list[str]) -> bool:
@@ -172,7 +175,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Counts of a built model as a dict; a quantised weight counts as what it stands for."""
+    """Counts of a built model; a quantised weight counts as what it stands for."""
     return asdict(_count(model))
 
 
@@ -199,7 +202,7 @@ def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
             model_config, dtype=adapters.torch_dtype(config), trust_remote_code=config.model.trust_remote_code
         )
         model.new_modules = ()
-        linear = set(adapters.linear_names(model))
+        linear = set(adapters.linear_names(model, excluded=_poolers(model)))
         quantizable = sum(m.weight.numel() for name, m in model.named_modules() if name in linear)
         model = adapters.adapt(model, config)
     counts = _count(model)

@@ -5,6 +5,7 @@ Every transformers error that a user can cause becomes one ConfigError sentence 
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ def quiet() -> None:
     """No progress bars and no chatter: the command line shows its own progress."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def locate(path: str, *, key: str, revision: str | None = None) -> Origin:
