@@ -31,7 +31,8 @@ def explain(error: ValidationError, raw: Any, schema: Schema, place: Callable[[P
                 key = tuple(int(part) if part.isdecimal() else part for part in sentence.split(":")[0].split("."))
                 lines.append(place(key) + sentence)
         else:
-            lines.append(place(path) + _sentence(path, items, raw, schema))
+            tag = items[0].get("ctx", {}).get("discriminator", "").strip("'")
+            lines.append(place((*path, tag) if tag else path) + _sentence(path, items, raw, schema))
     return lines
 
 
@@ -126,7 +127,7 @@ def _all_keys(schema: Schema) -> list[str]:
 def suggestion(word: str, choices: list[str]) -> str:
     """The choice spelled most like the word, or an empty string."""
     folded = {choice.lower().replace("-", "_"): choice for choice in choices}
-    close = get_close_matches(word[:100].lower().replace("-", "_"), list(folded), n=1, cutoff=0.7)
+    close = get_close_matches(word[:100].lower().replace("-", "_"), list(folded), n=1, cutoff=0.6)
     return folded[close[0]] if close else ""
 
 

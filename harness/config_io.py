@@ -63,7 +63,7 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         layers.mistakes += explain(error, raw, config_schema(), layers.place)
     if layers.mistakes:
-        raise ConfigError("\n".join(layers.mistakes))
+        raise ConfigError("\n".join(dict.fromkeys(layers.mistakes)))
     return config
 
 
@@ -161,6 +161,8 @@ def _add_override(layers: _Layers, override: str) -> None:
         raise ValueError(f"{dotted(path)}: {shown(text)} is not valid YAML; put text in quotes ({error})") from None
     layers.raw = _normalised(_set(layers.raw, path, value, ()))
     layers.places = {key: place for key, place in layers.places.items() if key[: len(path)] != path}
+    for length in range(1, len(path)):
+        layers.places.setdefault(path[:length], "command line: ")
     layers.places[path] = "command line: "
 
 

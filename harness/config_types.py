@@ -66,7 +66,8 @@ def as_list(value: Any) -> Any:
 
 
 def _plain_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", str(fields.get("model_type"))):
+    model_type = fields.get("model_type")
+    if not (isinstance(model_type, str) and re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", model_type)):
         raise ValueError("it needs a model_type that transformers knows, for example {model_type: resnet}")
     refused = [key for key in fields if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,99}", key) or key == "auto_map"]
     if refused:

@@ -170,6 +170,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None if isinstance(resolve_scalar(text), str) else "'"
+    if not text.isprintable():  # line breaks, in any of YAML's senses, survive only as escapes
+        style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
