@@ -83,5 +83,9 @@ def test_what_looks_local_must_exist(path, tmp_path):
 
 
 def test_urls_and_hub_ids_are_told_apart():
-    assert is_url("hf://datasets/x") and not is_url("C:/x") and not is_url("owner/name")
-    assert is_hub_id("owner/name") and not is_hub_id("owner/name.jsonl") and not is_hub_id("a/b/c")
+    assert is_url("hf://datasets/x")
+    assert not is_url("C:/x")
+    assert not is_url("owner/name")
+    assert is_hub_id("owner/name")
+    assert not is_hub_id("owner/name.jsonl")
+    assert not is_hub_id("a/b/c")
