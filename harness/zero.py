@@ -6,6 +6,8 @@ Environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and, on a CP
 caller before this module is imported.
 """
 
+import contextlib
+import io
 import logging
 import math
 import warnings
@@ -61,9 +63,11 @@ class ZeroEngine:
         self.masters = Masters(plan.config, model) if self.stage == 0 else None
         optimizer = self.masters.optimizer if self.masters else make_optimizer(plan.config, self.trained.items())
         num_trained = sum(param.numel() for param in self.trained.values())
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(plan, num_trained)
-        )
+        # The bf16 stage 1 prints memory figures whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=deepspeed_config(plan, num_trained)
+            )
         self.module: torch.nn.Module = self.deepspeed
         self.has_buffers = bool(live_buffers(model))
         self.broadcast_buffers()
