@@ -73,9 +73,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     return Malformed("duplicate_key", f"key {next(name for name in names if names.count(name) > 1)!r:.80} occurs twice")
 
 
-DECODER = json.JSONDecoder(
-    parse_constant=_constant, parse_int=_integer, parse_float=_real, object_pairs_hook=_object
-)
+DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_integer, parse_float=_real, object_pairs_hook=_object)
 
 
 def parse_json(text: str) -> Any:

@@ -90,7 +90,9 @@ def _plain_text(row: dict[str, Any], tokenizer: Any, config: Any) -> Marked:
 def _prompt_completion(row: dict[str, Any], tokenizer: Any, config: Any) -> Marked:
     if isinstance(row.get("prompt"), list):
         prompt, answer = _messages(row["prompt"]), row.get("completion")
-        completion = answer if isinstance(answer, list) else [{"role": "assistant", "content": _text(row, "completion")}]
+        completion = (
+            answer if isinstance(answer, list) else [{"role": "assistant", "content": _text(row, "completion")}]
+        )
         return _render(prompt + _messages(completion), row, tokenizer, config, first=len(prompt))
     prompt_text, completion_text = _text(row, "prompt"), _text(row, "completion")
     if chat_template(tokenizer, config) is None:
@@ -199,7 +201,9 @@ def _render(messages: Messages, row: dict[str, Any], tokenizer: Any, config: Any
     prefixes = []
     for i in answers:
         prefixes.append(_apply(messages[:i], tokenizer, template, tools=tools, add_generation_prompt=True))
-        prefixes.append(whole if i + 1 == len(messages) else _apply(messages[: i + 1], tokenizer, template, tools=tools))
+        prefixes.append(
+            whole if i + 1 == len(messages) else _apply(messages[: i + 1], tokenizer, template, tools=tools)
+        )
     if not all(whole.startswith(prefix) for prefix in prefixes):
         raise RowError("template", "the chat template renders an answer differently once the conversation goes on")
     ids, *partial = tokenizer([whole, *prefixes], add_special_tokens=False, verbose=False)["input_ids"]

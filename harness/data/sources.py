@@ -175,7 +175,7 @@ def _is_data_file(file: Path, root: Path) -> bool:
 def _file_part(path: str, cwd: str) -> Part:
     base = os.path.abspath(cwd) + os.sep
     name = path.removeprefix(base)
-    return Part(name, _reader(name, lambda: open(path, "rb")), lambda: _sha256(path))  # noqa: SIM115 (closed by _reader)
+    return Part(name, _reader(name, lambda: open(path, "rb")), lambda: _sha256(path))
 
 
 def _sha256(path: str) -> str:
