@@ -115,17 +115,27 @@ def train_with_trl(folder, rows, adapter):
     return trainer
 
 
-def test_twenty_steps_follow_trl_within_a_thousandth(tmp_path, monkeypatch):
+def as_chat(row):
+    """The row as TRL wants it to use the chat template; burnish uses the template where the tokenizer has one."""
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+
+
+@pytest.mark.parametrize("template", ["none", None], ids=["plain text", "chat template"])
+def test_twenty_steps_follow_trl_within_a_thousandth(tmp_path, monkeypatch, template):
     for name in DISTRIBUTED:
         monkeypatch.delenv(name, raising=False)
     save_model(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl")
-    job = make_job(tmp_path, world=1, **CHANGES)
+    job = make_job(tmp_path, world=1, data__chat_template=template, **CHANGES)
     store, steps = batches_of(job)
     order = [index for step in steps for index in step]
     assert len(store) == len(rows)
 
-    trainer = train_with_trl(tmp_path, [rows[index] for index in order], initial_adapter(job))
+    theirs_rows = [rows[index] if template == "none" else as_chat(rows[index]) for index in order]
+    trainer = train_with_trl(tmp_path, theirs_rows, initial_adapter(job))
     for index, theirs in zip(order, trainer.train_dataset, strict=True):
         ours = store[index]
         labels = [token if mask else -100 for token, mask in zip(ours["input_ids"], ours["loss_mask"], strict=True)]
