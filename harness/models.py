@@ -160,7 +160,9 @@ def _check_vocabulary(model: Any, config: Config) -> None:
         return  # no text, no tokenizer, or both out of one file
     size, rows = len(load_tokenizer(config)), model.get_input_embeddings().weight.shape[0]
     if size > rows:
-        raise ConfigError(f"model.tokenizer={given or own} has {size} tokens but the model has embeddings for {rows} only")
+        raise ConfigError(
+            f"model.tokenizer={given or own} has {size} tokens but the model has embeddings for {rows} only"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

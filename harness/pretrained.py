@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from .config import Config
+from .data.format import chat_template
 from .errors import BurnishError, ConfigError, InfeasibleError
 from .paths import is_hub_id, resolve_path
 
@@ -158,7 +159,7 @@ def check_files(origin: Origin, model_config: Any) -> None:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer, padding on the right, with a pad token and data.chat_template if given. Raises ConfigError."""
+    """The tokenizer, padding on the right, with a pad token and the chat template in use. Raises ConfigError."""
     quiet()
     origin = processor_origin(config)
     if origin is None:
@@ -172,10 +173,7 @@ def load_tokenizer(config: Config) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer {origin.name} has no pad, end or unknown token to fill rows with")
-    template = config.data.chat_template
-    if template is not None:
-        is_file = "{" not in template and os.path.isfile(template)
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8") if is_file else template
+    tokenizer.chat_template = chat_template(tokenizer, config)
     return tokenizer
 
 

@@ -9,6 +9,7 @@ from backbones import make_config, save_backbone
 from burnish.harness import models
 from burnish.harness.errors import ConfigError
 from burnish.harness.evaluate import evaluate
+from burnish.harness.generate import generate
 from burnish.harness.tasks import common, get_task
 from torch.nn.functional import cross_entropy
 
@@ -188,3 +189,16 @@ def test_packing_is_refused_in_a_hybrid_that_takes_position_ids_but_keeps_a_stat
     )  # fmt: skip
     with pytest.raises(ConfigError, match="see each other"):
         models.check_packing(Qwen3NextForCausalLM(config).eval())
+
+
+def test_answers_stop_at_the_end_token_and_do_not_depend_on_the_global_random_state(folder):
+    config, model, tokenizer = load(folder, generation__temperature=1.0, generation__max_new_tokens=8)
+    prompts = ["say red cat", [{"role": "user", "content": "say red cat"}]]
+    torch.manual_seed(1)
+    first = generate(model, tokenizer, TASK, prompts, config)
+    torch.manual_seed(2)
+    assert generate(model, tokenizer, TASK, prompts, config) == first
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    greedy = make_config("llama", folder)
+    model.generation_config.eos_token_id = 0  # greedy over equal logits picks token 0
+    assert generate(model, tokenizer, TASK, prompts[:1], greedy) == [""]

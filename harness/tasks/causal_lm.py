@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..data.format import encode_causal_lm, question, render_prompt
 from . import Batch, Example, Task
 from .common import accepts, mean_loss, neftune, summed_cross_entropy, to_model_device, unwrap
 
@@ -30,8 +31,6 @@ def auto_class() -> Any:
 
 
 def encode(row: dict[str, Any], tokenizer: Any, config: Any, labels: list[str] | None = None) -> Example:
-    from ..data.format import encode_causal_lm
-
     return encode_causal_lm(row, tokenizer, config, row.get("__format__", "auto"))
 
 
@@ -116,8 +115,6 @@ def summarise(sums: dict[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def predict(model: Any, tokenizer: Any, inputs: list[Any], config: Any) -> list[str]:
     """One answer per prompt; a prompt is a string or a list of chat messages. Greedy at temperature 0."""
-    from ..data.format import render_prompt
-
     options = config.generation
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
@@ -147,13 +144,6 @@ def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({token for token in [*named, tokenizer.eos_token_id] if token is not None})
 
 
-def prompt(row: dict[str, Any]) -> Any:
-    """What is asked: the messages before the last answer, the prompt, or the beginning of a plain text."""
-    from ..data.format import question
-
-    return question(row)
-
-
 TASK = Task(
     name="causal_lm",
     load_processor=load_processor,
@@ -167,5 +157,5 @@ TASK = Task(
     evaluate=evaluate,
     summarise=summarise,
     predict=predict,
-    prompt=prompt,
+    prompt=question,
 )

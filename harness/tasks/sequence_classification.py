@@ -1,7 +1,7 @@
 """Classification of texts (or pairs of texts) with a new head on a pre-trained encoder or decoder.
 
 Shape letters: B examples, T tokens, Y classes. An Example is {input_ids int32[T], token_type_ids int32[T] where the
-model has them, label int64[1]}.
+model has them, label int64[1]}, and num_truncated int32[1] where tokens were cut off.
 """
 
 from typing import Any
@@ -54,13 +54,19 @@ def _encode_text(row: dict[str, Any], tokenizer: Any, config: Any) -> Example:
     if not row["text"].strip():
         raise RowError("empty", "text is empty")
     truncation, limit = config.data.truncation, config.data.max_length
-    encoded = tokenizer(row["text"], row.get("text_pair"), truncation=False, verbose=False)
-    if len(encoded["input_ids"]) > limit:
+    texts = (row["text"], row.get("text_pair"))
+    encoded = tokenizer(*texts, verbose=False)
+    num_tokens = len(encoded["input_ids"])
+    if num_tokens > limit:
         if truncation in ("drop", "error"):
-            raise RowError("too_long", f"{len(encoded['input_ids'])} tokens, data.max_length is {limit}")
-        encoded = tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=limit)
+            raise RowError("too_long", f"{num_tokens} tokens, data.max_length is {limit}")
+        tokenizer.truncation_side = truncation
+        encoded = tokenizer(*texts, truncation=True, max_length=limit)
     fields = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-    return {name: np.asarray(encoded[name], dtype=np.int32) for name in fields}
+    example = {name: np.asarray(encoded[name], dtype=np.int32) for name in fields}
+    if num_tokens > limit:
+        example["num_truncated"] = np.array([num_tokens - len(encoded["input_ids"])], dtype=np.int32)
+    return example
 
 
 def num_supervised(example: Example) -> int:
