@@ -1,0 +1,25 @@
+"""The C allocator of a training process."""
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Parameters of mallopt(3)."""
+KEPT_BYTES = 2**31 - 1
+GROWTH_BYTES = 256 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc keep freed activations instead of returning them to the kernel after every step.
+
+    PyTorch frees and allocates the same large buffers each step; giving them back costs a page fault per 4 KiB.
+    False where the C library is another one.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    settings = {M_MMAP_THRESHOLD: KEPT_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: GROWTH_BYTES}
+    accepted = [libc.mallopt(parameter, value) == 1 for parameter, value in settings.items()]
+    return all(accepted)

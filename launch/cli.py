@@ -1,0 +1,214 @@
+"""The `burnish` command: verbs, options, and errors as one sentence and an exit code. Imports no torch.
+
+Exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from typing import Any, NoReturn, TextIO
+
+from ..harness.errors import BurnishError, ConfigError, Interrupted
+
+SEE_HELP = "burnish --help lists the verbs"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it does in a line, and its arguments. `commands` has the function of the same name."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    how.add_argument("--fresh", action="store_true", help="move an old run of this name aside and start again")
+    parser.add_argument("--dry-run", action="store_true", help="plan and check only; write nothing")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory, or its name in runs/")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument(
+        "--split", choices=("validation", "test"), action="append", help="default: every split there is"
+    )
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: generation.max_new_tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy; default: generation.temperature")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--format", choices=("adapter", "merged"), default="adapter", help="default: adapter")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="storage to check; default: runs")
+
+
+def _config_verb(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("show", "schema"), help="the resolved config, or the JSON schema of a file")
+    parser.add_argument("config", nargs="*", metavar="CONFIG | section.key=value", help="for show")
+
+
+VERBS = {
+    "train": Verb("fine-tune a model", _train),
+    "plan": Verb("what a run would do: batch, choices and why, bytes", _config),
+    "data": Verb("audit and preview the data of a config", _config),
+    "eval": Verb("validation and test metrics of a finished run", _eval),
+    "generate": Verb("answer prompts with a finished run", _generate),
+    "export": Verb("adapter, or merged Hugging Face checkpoint", _export),
+    "report": Verb("write report.html and summary.json of a run", _run),
+    "doctor": Verb("what is installed, what is missing and what that switches off", _doctor),
+    "config": Verb("show a resolved config, or the schema", _config_verb),
+}
+
+
+def make_parser(verb: str) -> Parser:
+    """The parser of one verb; every verb takes --json."""
+    parser = Parser(prog=f"burnish {verb}", description=VERBS[verb].help, allow_abbrev=False)
+    VERBS[verb].add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="the answer as JSON on stdout, and nothing else there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with _Output(is_json="--json" in arguments) as output:
+        try:
+            return output.answer(_dispatch(arguments, output))
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except BaseException as error:
+            if isinstance(error, SystemExit | GeneratorExit):
+                raise
+            return output.fail(_explained(error))
+
+
+def _dispatch(arguments: list[str], output: "_Output") -> Any:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return overview()
+    if arguments[0] in ("-V", "--version"):
+        return f"burnish {version('burnish')}"
+    verb = arguments[0]
+    if verb not in VERBS:
+        raise ConfigError(f"{verb!r} is no verb of burnish{_did_you_mean(verb, VERBS)}; {SEE_HELP}")
+    parser = make_parser(verb)
+    options, unknown = parser.parse_known_intermixed_args(arguments[1:])
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        raise ConfigError(
+            f"{unknown[0]!r} is no option of burnish {verb}{_did_you_mean(unknown[0].split('=')[0], known)}; "
+            f"see burnish {verb} --help"
+        )
+    from . import commands
+
+    return commands.COMMANDS[verb](options, output.progress)
+
+
+def overview() -> str:
+    """The text of `burnish --help`."""
+    verbs = "\n".join(f"  {name:<10}{verb.help}" for name, verb in VERBS.items())
+    return (
+        "burnish fine-tunes pre-trained models from one YAML file.\n\n"
+        f"usage: burnish VERB … [--json]\n\n{verbs}\n\n"
+        "burnish VERB --help explains a verb; burnish --version tells the version.\n"
+        "exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 130 interrupted"
+    )
+
+
+def _did_you_mean(word: str, choices: Any) -> str:
+    close = get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explained(error: BaseException) -> BurnishError:
+    """The error as a sentence; what nobody foresaw goes to a file and is named in one line."""
+    if isinstance(error, BurnishError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted; nothing more was saved")
+    from .failures import unexpected
+
+    return unexpected(error)
+
+
+class _Output:
+    """Where answers, progress and errors go. With JSON, whatever else is printed to stdout goes to stderr."""
+
+    def __init__(self, *, is_json: bool) -> None:
+        self.is_json = is_json
+        self.answers: TextIO = sys.stdout
+        self.saved_fd: int | None = None
+
+    def __enter__(self) -> "_Output":
+        if self.is_json and sys.stdout is sys.__stdout__:
+            self.answers.flush()
+            self.saved_fd = os.dup(1)
+            self.answers = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+            os.dup2(2, 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.answers.flush()
+        if self.saved_fd is not None:
+            sys.stdout.flush()
+            os.dup2(self.saved_fd, 1)
+            os.close(self.saved_fd)
+            self.answers.close()
+
+    @property
+    def progress(self) -> TextIO:
+        """Where a long command tells how it gets on."""
+        return sys.stderr if self.is_json else sys.stdout
+
+    def answer(self, value: Any) -> int:
+        """Prints what a command returned: text, or an object with `value` (for JSON) and `text`."""
+        if self.is_json:
+            value = getattr(value, "value", value)
+            self.answers.write(json.dumps(value, indent=2, default=str) + "\n")
+        else:
+            text = value if isinstance(value, str) else value.text
+            self.answers.write(text + "\n" if text else "")
+        self.answers.flush()
+        return int(getattr(value, "exit_code", 0))
+
+    def fail(self, error: BurnishError) -> int:
+        if self.is_json:
+            self.answers.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+        lines = str(error).splitlines() or [type(error).__name__]
+        print("\n".join(f"burnish: error: {line}" for line in lines), file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

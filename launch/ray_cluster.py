@@ -1,0 +1,129 @@
+"""The Ray cluster of a run: started for it on this machine and ended with it, or one that is already there.
+
+An embedded cluster keeps its files in a private folder with a token of its own, so that no other user of the machine
+and no web page can hand it work, and nothing is left behind.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from ..harness.config import Config, Ray
+from ..harness.errors import ConfigError, InfeasibleError
+from ..harness.plan import Resources
+from .resources import detect
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Only plans and results go through the object store; data goes through files."""
+MAX_TEMP_CHARS = 40
+"""Ray makes Unix sockets below its folder, and their paths end at 107 characters."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
+"""Read by Ray when it starts. A dead worker is noticed in half a second; missing capacity ends in an error."""
+
+
+def cluster_resources(config: Config) -> Resources:
+    """This host for an embedded cluster; the sum over the nodes, connecting to it, for `launch.address`."""
+    assert isinstance(config.launch, Ray), config.launch
+    if config.launch.address is None:
+        return detect()
+    _connect(config.launch.address)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    kinds = [key.removeprefix("accelerator_type:") for node in nodes for key in node if key.startswith("accelerator")]
+    return Resources(
+        device="cuda" if num_gpus else "cpu",
+        num_devices=num_gpus,
+        num_cpus=int(sum(node["CPU"] for node in nodes)),
+        host_memory_bytes=int(min((node.get("memory", 0) for node in nodes), default=0)),
+        device_name=kinds[0] if kinds else "",
+        num_nodes=max(1, len(nodes)),
+    )
+
+
+@contextlib.contextmanager
+def cluster(launch: Ray, resources: Resources) -> Iterator[None]:
+    """A connection to the run's cluster. An embedded one is ended, and its files removed, on the way out."""
+    if launch.address is not None:
+        _connect(launch.address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = _private_folder()
+    try:
+        _start(resources, folder)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_capacity(launch: Ray, wanted: dict[str, float]) -> None:
+    """Raises InfeasibleError if the workers, each with the resources `wanted`, can never run on the cluster."""
+    have = ray.cluster_resources()
+    for name, amount in wanted.items():
+        needed = amount * launch.num_workers
+        if needed > have.get(name, 0.0):
+            raise InfeasibleError(
+                f"launch.num_workers={launch.num_workers} at {amount:g} {name} each needs {needed:g}, and the Ray "
+                f"cluster has {have.get(name, 0.0):g}; lower launch.num_workers or launch.resources_per_worker"
+            )
+
+
+def _connect(address: str) -> None:
+    if ray.is_initialized():
+        return
+    os.environ.update(SETTINGS)
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"launch.address={address}: no connection to a Ray cluster ({reason}); check the address, and that "
+            "RAY_AUTH_MODE=token and its token are set here if the cluster asks for one"
+        ) from None
+
+
+def _start(resources: Resources, folder: Path) -> None:
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    os.environ.update(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(
+        address="local",
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_devices,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        _temp_dir=str(folder),
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _private_folder() -> Path:
+    """A folder that only this user can enter: sockets, logs and the token lie in it."""
+    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_TEMP_CHARS else "/tmp"
+    return Path(tempfile.mkdtemp(prefix="burnish-", dir=parent))

@@ -1,0 +1,215 @@
+"""The Ray launcher: data prepared in a task, then Ray Train with one worker per rank, watched through the run's files.
+
+What a worker raises decides what happens: an error that a restart would not cure is written to fatal.json and ends
+the run; a worker that dies is replaced up to launch.max_failures times and starts from the newest checkpoint.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ..harness.config import Config, Ray
+from ..harness.errors import BurnishError, DataError, TrainingError
+from ..harness.plan import Plan, Resources
+from ..harness.run_dir import RunDir
+from .failures import fatal_error, first_line, raise_fatal, write_traceback
+from .ray_cluster import check_capacity, cluster, cluster_resources
+from .tail import Tail
+
+if TYPE_CHECKING:
+    from ..harness.data.prepare import Prepared
+
+POLL_S = 0.2
+COLLECTIVE_TIMEOUT_S = 600
+"""Longest wait of a rank for another: rank 0 alone generates, saves and proves the result."""
+CONTROLLER_FAILURES = 2
+STORAGE = ".ray"
+"""Folder in the run directory for Ray's own book-keeping, which burnish does not use."""
+
+resources = cluster_resources
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connection to Ray for one run."""
+
+    plan: Plan
+    launch: Ray
+
+    def prepare(self) -> "Prepared":
+        """Tokenises in a Ray task, so that no worker has to and the driver stays small."""
+        from ..harness.data.prepare import Prepared
+
+        task = ray.remote(num_cpus=1, max_retries=0)(_prepare)
+        reference = task.remote(self.plan.config.model_dump(mode="json"), self.plan.cwd)
+        try:
+            while not ray.wait([reference], timeout=POLL_S)[0]:
+                pass
+            return Prepared.from_dict(ray.get(reference))
+        except RayTaskError as error:
+            if isinstance(error.cause, BurnishError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise DataError(f"preparing the data failed in Ray: {first_line(error)}") from None
+
+    def train(self, prepared: "Prepared", *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Runs the workers to the end; `report` gets every event and metrics record they write."""
+        run, outcome = RunDir(self.plan.run_dir), Outcome()
+        tails = [Tail(run.events_jsonl), Tail(run.metrics_jsonl)]
+        trainer = make_trainer(self.plan, self.launch, prepared)
+        # Only outside the main thread does Ray Train leave SIGINT to us.
+        thread = threading.Thread(target=outcome.fit, args=(trainer,), name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            for record in (record for tail in tails for record in tail.poll()):
+                report(record)
+        raise_fatal(run)
+        if outcome.error is not None:
+            raise _failed(outcome.error, run)
+        assert outcome.value is not None
+        if "interrupted" in outcome.value:
+            raise fatal_error("Interrupted", outcome.value["interrupted"])
+        return outcome.value["summary"]
+
+
+@dataclass
+class Outcome:
+    """How Ray Train ended: what rank 0 returned, or the error."""
+
+    value: dict[str, Any] | None = None
+    error: BaseException | None = None
+
+    def fit(self, trainer: TorchTrainer) -> None:
+        try:
+            self.value = trainer.fit().return_value
+        except BaseException as error:
+            self.error = error
+
+
+@contextlib.contextmanager
+def session(plan: Plan, resources: Resources) -> Iterator[Session]:
+    """Raises InfeasibleError if the cluster can never run the workers."""
+    launch = plan.config.launch
+    assert isinstance(launch, Ray), launch
+    with cluster(launch, resources):
+        check_capacity(launch, worker_resources(plan, launch))
+        yield Session(plan, launch)
+
+
+def worker_resources(plan: Plan, launch: Ray) -> dict[str, float]:
+    return {"GPU": 1.0} | launch.resources_per_worker if plan.device == "cuda" else launch.resources_per_worker
+
+
+def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
+    run = RunDir(plan.run_dir)
+    env_vars = {"OMP_NUM_THREADS": str(plan.num_threads), "RAY_USAGE_STATS_ENABLED": "0"}
+    if plan.device == "cpu":
+        env_vars["DS_ACCELERATOR"] = "cpu"
+    return TorchTrainer(
+        work,
+        train_loop_config={"plan": plan.to_dict(), "prepared": prepared.to_dict()},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=plan.world_size,
+            use_gpu=plan.device == "cuda",
+            resources_per_worker=worker_resources(plan, launch) or None,
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(run.path / STORAGE),
+            failure_config=FailureConfig(
+                max_failures=launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            callbacks=[FailureLog(plan.run_dir)],
+            worker_runtime_env={"env_vars": env_vars},
+        ),
+    )
+
+
+class FailureLog(UserCallback):
+    """Notes every failure of the workers in events.jsonl; runs in Ray Train's controller, beside the driver."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        reasons = {str(rank): first_line(error) for rank, error in sorted(worker_exceptions.items())}
+        RunDir(self.run_dir).log_event("worker_failure", reasons=reasons)
+
+
+def work(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train calls on every worker: one rank of the run."""
+    from ..harness.data.prepare import Prepared
+    from ..harness.engine import World
+    from ..harness.errors import Interrupted
+    from ..harness.worker import run
+    from .allocator import keep_freed_memory
+
+    plan = Plan.from_dict(settings["plan"])
+    run_dir = RunDir(plan.run_dir)
+    if run_dir.fatal_json.exists():
+        return {}
+    if os.path.isdir(plan.cwd):
+        os.chdir(plan.cwd)
+    if plan.device == "cpu":
+        keep_freed_memory()
+    context = ray.train.get_context()
+    world = World(
+        rank=context.get_world_rank(),
+        local_rank=context.get_local_rank(),
+        size=context.get_world_size(),
+        device=plan.device,
+    )
+    try:
+        prepared = Prepared.from_dict(settings["prepared"])
+        return {"summary": run(plan, prepared, world=world, report=lambda _record: None)}
+    except Interrupted as error:
+        return {"interrupted": str(error)}
+    except Exception as error:
+        if fatal := deterministic(error):
+            run_dir.write_json(run_dir.fatal_json, {"kind": type(fatal).__name__, "message": str(fatal)})
+        raise
+
+
+def deterministic(error: Exception) -> BurnishError | None:
+    """The error to end the run with, if a restart would meet it again; None if a restart may cure it."""
+    import torch
+
+    if isinstance(error, BurnishError):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return TrainingError(
+            f"out of memory: {first_line(error)}; lower train.micro_batch_size or data.max_length, or set "
+            "memory.activation_checkpointing=full"
+        )
+    return None
+
+
+def _prepare(config: dict[str, Any], cwd: str) -> dict[str, Any]:
+    from ..harness.data.prepare import prepare_data
+
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
+    parsed = Config.model_validate(config)
+    return prepare_data(parsed, cwd, parsed.runs_dir).to_dict()
+
+
+def _failed(error: BaseException, run: RunDir) -> TrainingError:
+    """One sentence about what ended Ray Train, with the workers' tracebacks in a file."""
+    failures = getattr(error, "worker_failures", {})
+    if isinstance(error, TrainingFailedError | RayError) and failures:
+        what = "; ".join(f"rank {rank}: {first_line(reason)}" for rank, reason in sorted(failures.items()))
+    else:
+        what = first_line(error)
+    path = write_traceback(error, folder=run.path)
+    return TrainingError(f"training failed in Ray ({what}); details in {path}")
