@@ -14,7 +14,8 @@ from .summary import Facts, read_facts, summarise
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEADLINES = ("loss", "perplexity", "accuracy", "macro_f1")
 METRIC_NAMES = {"loss": "loss", "perplexity": "perplexity", "accuracy": "accuracy", "macro_f1": "macro F1"}
-SHARES = ("accuracy", "macro_f1")
+CURVES_IN_PERCENT = ("accuracy", "macro_f1")
+SHARES = (*CURVES_IN_PERCENT, "token_accuracy")
 MAX_EVENTS = 200
 MAX_TEXT = 20_000
 GIB = 2**30
@@ -87,7 +88,7 @@ def curves(facts: Facts, summary: dict[str, Any]) -> Markup:
             width="full",
         )
     ]
-    for key in SHARES:
+    for key in CURVES_IN_PERCENT:
         series = Series("validation", _scaled(_points(validations, key), 100.0), "copper", "marked")
         title = METRIC_NAMES[key]
         figures.append(chart(f"{title[0].upper()}{title[1:]} (%)", [series], width="half"))
@@ -160,17 +161,22 @@ def proof(facts: Facts, summary: dict[str, Any]) -> Markup:
         return Markup("")
     sentence = "The saved result was loaded into a fresh model and gave its loss on one batch again."
     exact = {key: f"{value:.7g}" if isinstance(value, float) else value for key, value in found.items()}
+    exact = _inside(facts, exact)
     rows = [[key.replace("_", " "), _value(key, value)] for key, value in exact.items()]
     return _section("Proof of the save", tag("p", sentence), _table(rows, class_="stack"))
 
 
 def data(facts: Facts, summary: dict[str, Any]) -> Markup:
-    """What was kept and rejected of the data."""
+    """What was kept and rejected of the data, one column per split."""
     counts = facts.data.get("counts")
-    rows = _flattened(counts) if isinstance(counts, dict) else []
-    return (
-        _section("Data", _table([[key, number(value)] for key, value in rows], class_="stack")) if rows else Markup("")
-    )
+    if not isinstance(counts, dict) or not counts:
+        return Markup("")
+    if all(isinstance(split, dict) for split in counts.values()):
+        columns = [dict(_flattened(split)) for split in counts.values()]
+        keys = list(dict.fromkeys(key for column in columns for key in column))
+        cells = [[key, *(number(column.get(key)) for column in columns)] for key in keys]
+        return _section("Data", _table(cells, head=["", *counts], class_="figures"))
+    return _section("Data", _table([[key, number(value)] for key, value in _flattened(counts)], class_="stack"))
 
 
 def history(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -184,10 +190,10 @@ def history(facts: Facts, summary: dict[str, Any]) -> Markup:
     start = events[0].get("time") or 0.0
     rows = []
     for event in shown:
-        hidden_keys = ("event", "time", "run_dir")
+        hidden_keys = ("event", "time", "run_dir", "decisions")
         details = {k: v for k, v in event.items() if k not in hidden_keys and not isinstance(v, dict)}
         clock = duration(event["time"] - start) if isinstance(event.get("time"), (int, float)) else ""
-        rows.append([clock, event.get("event"), _details(details)])
+        rows.append([clock, event.get("event"), _details(_inside(facts, details))])
     note = f"{len(checkpoints)} checkpoints; {len(hidden)} of them are not listed." if hidden else None
     return _section("History", tag("p", note) if note else None, _table(rows, head=["after", "event", "details"]))
 
@@ -196,7 +202,8 @@ def reproduce(facts: Facts, summary: dict[str, Any]) -> Markup:
     """Commands that repeat this run and that use its result."""
     folder = shlex.quote(str(facts.run.path))
     libraries = facts.environment.get("libraries", {})
-    pins = " ".join(f"{name}=={version}" for name, version in libraries.items() if name != "burnish")
+    # 2.13.0+cpu names a build that the default package index does not have.
+    pins = " ".join(f"{name}=={str(version).split('+')[0]}" for name, version in libraries.items() if name != "burnish")
     commit = facts.environment.get("git_commit")
     lines = [f"cd {shlex.quote(str(facts.plan['cwd']))}"] if facts.plan.get("cwd") else []
     lines += (
@@ -225,9 +232,9 @@ def environment(facts: Facts, summary: dict[str, Any]) -> Markup:
     rows = _flattened(facts.environment)
     if not rows:
         return Markup("")
-    rows = [(key.removeprefix("libraries "), size(value) if key.endswith("bytes") else value) for key, value in rows]
+    rows = [(key.removeprefix("libraries "), _value(key, value)) for key, value in rows]
     rows = [(key.removesuffix("_bytes").replace("_", " "), value) for key, value in rows]
-    return _section("Environment", _table([list(row) for row in rows if row[1] not in (None, "")], class_="stack"))
+    return _section("Environment", _table([list(row) for row in rows if row[1] not in ("–", "")], class_="stack"))
 
 
 def _section(title: str, *content: Any) -> Markup:
@@ -303,6 +310,12 @@ def _content(value: Any) -> Markup:
         value = json.dumps(value, indent=2, ensure_ascii=False)
     text = value if len(value) <= MAX_TEXT else value[:MAX_TEXT] + f"\n… {len(value) - MAX_TEXT} more characters"
     return tag("pre", text or "(nothing)", dir="auto", class_=None if text else "soft")
+
+
+def _inside(facts: Facts, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with paths in the run directory written relative to it."""
+    prefix = f"{facts.run.path}/"
+    return {key: value.removeprefix(prefix) if isinstance(value, str) else value for key, value in fields.items()}
 
 
 def _details(details: dict[str, Any]) -> str:

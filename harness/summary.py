@@ -9,7 +9,7 @@ from .run_dir import RunDir, read_json, read_jsonl
 FIRST_EVENTS = ("plan", "data", "model", "start")
 """Events that open an attempt, in any order."""
 ENDINGS = {"finish": "finished", "interrupt": "interrupted", "error": "failed", "fatal": "failed"}
-HIGHER_IS_BETTER = ("accuracy", "macro_f1")
+HIGHER_IS_BETTER = ("accuracy", "macro_f1", "token_accuracy")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def make_run(path: Path, *, num_steps: int = 60, task: str = "causal_lm", text: 
             "decisions": [decision.__dict__],
         },
     )
-    libraries = {"burnish": "0.1.0", "torch": "2.13.0"}
+    libraries = {"burnish": "0.1.0", "torch": "2.13.0", "bitsandbytes": "0.50.2"}
     write_json(run.env_json, {"python": "3.11.7", "libraries": libraries, "memory_bytes": 2**34, "git_commit": "abc"})
     write_json(run.data_json, {"counts": {"train": {"rows": 1000, "kept": 990, "rejected": {"empty": 10}}}})
     write_json(run.samples_json, [{"prompt": text, "reference": "Add.", "before": "I am a", "after": "Return a + b."}])
@@ -152,7 +152,7 @@ def test_the_page_shows_all_that_it_should(tmp_path: Path) -> None:
     assert "8 examples a step = 4 per micro-batch × 1 accumulated × 2 workers" in html
     assert "name: small" in html
     assert f"burnish train {tmp_path}/small/config.yaml name=small-again" in html
-    assert "pip install torch==2.13.0" in html
+    assert "pip install torch==2.13.0 bitsandbytes==0.50.2" in html
     assert "Return a + b." in html
     assert "3.63% of 134.5M" in html
 
