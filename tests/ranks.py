@@ -36,7 +36,8 @@ def make_job(folder: Path, *, world: int, kill_after_step: int | None = None, mo
     run_dir = Path(config.runs_dir) / config.name
     resources = Resources(device="cpu", num_devices=0, num_cpus=world, host_memory_bytes=2**34)
     plan = make_plan(config, resources, run_dir=str(run_dir), cwd=str(folder))
-    RunDir.create(run_dir, mode=mode)
+    run = RunDir.create(run_dir, mode=mode)
+    run.write_json(run.plan_json, plan.to_dict())
     prepared = prepare_data(config, str(folder), config.runs_dir)
     return Job(plan.to_dict(), prepared.to_dict(), kill_after_step)
 
