@@ -1,9 +1,10 @@
-"""What `burnish data CONFIG` shows: rows, lengths, duplicates, leakage, what is learned, and samples with their mask."""
+"""What `burnish data CONFIG` shows: rows, lengths, duplicates, leakage, what is learned, samples with their mask."""
 
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def _label_counts(store: Store, labels: list[str] | None) -> dict[str, int] | No
 
 
 def _stop_token(store: Store, processor: Any) -> dict[str, Any] | None:
-    """Share of the rows in which the model learns to stop: a special token among the learned ones. None without text."""
+    """Share of the rows in which the model learns to stop: a special token among what is learned. None without text."""
     if "loss_mask" not in store.manifest["fields"]:
         return None
     special = set(processor.all_special_ids) - {processor.unk_token_id}
@@ -153,7 +154,7 @@ def _samples(store: Store, processor: Any) -> list[dict[str, Any]]:
         edges = [0, *(j for j in range(1, len(ids)) if mask[j] != mask[j - 1]), len(ids)]
         runs = [
             {"text": processor.decode(ids[start:end]), "learned": bool(mask[start]), "tokens": end - start}
-            for start, end in zip(edges[:-1], edges[1:], strict=True)
+            for start, end in pairwise(edges)
         ]
         samples.append({"row": i, "tokens": len(ids), "runs": runs})
     return samples

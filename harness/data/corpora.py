@@ -77,7 +77,7 @@ def _row(function: Function, lines: list[str], module: str) -> dict[str, str] | 
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     expression = function.body[0]
     first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
-    assert expression.end_lineno and function.end_lineno, (module, function.name)
+    assert expression.end_lineno is not None, (module, function.name)
     code = lines[first - 1 : expression.lineno - 1] + lines[expression.end_lineno : function.end_lineno]
     is_apart = expression.lineno > function.lineno and function.body[1].lineno > expression.end_lineno
     if not is_apart or len(code) > MAX_LINES or not MIN_CHARACTERS <= len(paragraph) <= MAX_CHARACTERS:

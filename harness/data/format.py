@@ -57,7 +57,7 @@ def encode_causal_lm(row: dict[str, Any], tokenizer: Any, config: Any, format: s
     loss_mask[:1] = 0
     if not loss_mask.any():
         raise RowError("no_target", f"no token is left to learn ({num_tokens} tokens before truncation)")
-    example = {"input_ids": np.array(ids, dtype=np.int32), "loss_mask": loss_mask}
+    example: Example = {"input_ids": np.array(ids, dtype=np.int32), "loss_mask": loss_mask}
     if num_tokens > data.max_length:
         example["num_truncated"] = np.array([num_tokens - data.max_length], dtype=np.int32)
     return example
@@ -90,10 +90,9 @@ def _plain_text(row: dict[str, Any], tokenizer: Any, config: Any) -> Marked:
 def _prompt_completion(row: dict[str, Any], tokenizer: Any, config: Any) -> Marked:
     if isinstance(row.get("prompt"), list):
         prompt, answer = _messages(row["prompt"]), row.get("completion")
-        completion = (
-            answer if isinstance(answer, list) else [{"role": "assistant", "content": _text(row, "completion")}]
-        )
-        return _render(prompt + _messages(completion), row, tokenizer, config, first=len(prompt))
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": _text(row, "completion")}]
+        return _render(prompt + _messages(answer), row, tokenizer, config, first=len(prompt))
     prompt_text, completion_text = _text(row, "prompt"), _text(row, "completion")
     if chat_template(tokenizer, config) is None:
         return _joined(prompt_text, completion_text, tokenizer, config)
@@ -206,8 +205,10 @@ def _render(messages: Messages, row: dict[str, Any], tokenizer: Any, config: Any
         )
     if not all(whole.startswith(prefix) for prefix in prefixes):
         raise RowError("template", "the chat template renders an answer differently once the conversation goes on")
-    ids, *partial = tokenizer([whole, *prefixes], add_special_tokens=False, verbose=False)["input_ids"]
-    bounds = [_common(prefix, ids) for prefix in partial]
+    texts = list(dict.fromkeys([whole, *prefixes]))
+    tokens = dict(zip(texts, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+    ids = tokens[whole]
+    bounds = [_common(tokens[prefix], ids) for prefix in prefixes]
     learned = [False] * len(ids)
     for start, end in zip(bounds[::2], bounds[1::2], strict=True):
         learned[start:end] = [True] * (end - start)

@@ -62,7 +62,8 @@ def make_cut(hashes: Iterable[int], split: Split, wanted: dict[str, float]) -> C
     total = int(counts.sum())
     held_out: dict[str, frozenset[int]] = {}
     for name in HELD_OUT:
-        target, taken, rows = wanted.get(name, 0.0) * total, set(), 0
+        taken: set[int] = set()
+        target, rows = wanted.get(name, 0.0) * total, 0
         if target > 0 and len(free) > 1:
             for group, count in free.items():
                 if rows + count / 2 <= target and len(taken) + 1 < len(free):
