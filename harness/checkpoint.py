@@ -138,7 +138,7 @@ def verify(path: Path, *, hashes: bool = True) -> bool:
 def rng_state() -> dict[str, Any]:
     """Python's, NumPy's and torch's generators as JSON-able values."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "python": [version, list(internal), gauss],

@@ -140,7 +140,7 @@ class Masters:
             is_fp32 = param.dtype == torch.float32
             self.masters[name] = param if is_fp32 else torch.nn.Parameter(param.detach().float())
             if not is_fp32:
-                param.grad_dtype = torch.float32  # type: ignore[attr-defined]
+                param.grad_dtype = torch.float32
         self.optimizer = make_optimizer(config, self.masters.items())
 
     def step(self, lr: float) -> StepResult:

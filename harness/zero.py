@@ -133,7 +133,8 @@ class ZeroEngine:
     def close(self) -> None:
         self.deepspeed.destroy()
         if self.owns_group:
-            dist.destroy_process_group()
+            # DeepSpeed's own function: it also forgets the groups that it made from this one.
+            deepspeed.comm.destroy_process_group()
 
 
 def _join(world: World) -> bool:
