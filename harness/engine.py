@@ -239,7 +239,7 @@ def load_buffers(model: torch.nn.Module, state: State) -> None:
 
 
 def check_names(state: State, model: torch.nn.Module) -> None:
-    """Raises ConfigError unless the state holds exactly this model's trained parameters and buffers, in their shapes."""
+    """Raises ConfigError unless the state has exactly this model's trained parameters and buffers, in their shapes."""
     shapes = {f"param/{name}": _shape(param) for name, param in model.named_parameters() if param.requires_grad}
     shapes |= {f"buffer/{name}": tuple(buffer.shape) for name, buffer in live_buffers(model).items()}
     found = {name: tuple(value.shape) for name, value in state.items() if not name.startswith("optim/")}

@@ -11,7 +11,9 @@ from typing import Any
 TIMEOUT_S = 240
 
 
-def _work(function: Callable[..., Any], rank: int, world: int, rendezvous: str, args: tuple[Any, ...], out: Any) -> None:
+def _work(
+    function: Callable[..., Any], rank: int, world: int, rendezvous: str, args: tuple[Any, ...], out: Any
+) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     import torch
