@@ -131,7 +131,10 @@ def _dispatch(arguments: list[str], output: "_Output") -> Any:
             f"see burnish {verb} --help"
         )
     from . import commands
+    from .resources import has_gpu_driver
 
+    if not has_gpu_driver():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed guesses, and says so in the middle of the output
     return commands.COMMANDS[verb](options, output.progress)
 
 

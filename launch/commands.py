@@ -179,11 +179,13 @@ def split_config(arguments: list[str]) -> tuple[list[str], list[str]]:
 @contextlib.contextmanager
 def loaded(path: str) -> Iterator["LoadedRun"]:
     """The trained model of a run, with the current folder where the run was started: its paths are relative to it."""
+    import torch
+
     from ..harness.export import load_run
 
     run = RunDir.open(path).path.resolve()
     with working_folder(run):
-        yield load_run(run)
+        yield load_run(run, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def working_folder(run: Path) -> contextlib.AbstractContextManager[Any]:

@@ -31,11 +31,11 @@ class Session:
 
     def train(self, prepared: "Prepared", *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Hands every event and metrics record to `report`. Returns the worker's summary."""
+        if self.plan.device == "cpu":
+            keep_freed_memory()
         from ..harness.engine import World
         from ..harness.worker import run
 
-        if self.plan.device == "cpu":
-            keep_freed_memory()
         world = World(rank=0, local_rank=0, size=1, device=self.plan.device)
         return run(self.plan, prepared, world=world, report=report)
 

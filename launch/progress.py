@@ -58,7 +58,7 @@ class Progress:
             self.live = None
 
     def _line(self, name: str, text: str) -> None:
-        self.console.print(Text.assemble((f"  {name:<10}", "bold"), printable(text)))
+        self.console.print(Text.assemble((f"  {name:<12}", "bold"), printable(text)))
 
     def _plan(self, event: dict[str, Any]) -> None:
         plan: Plan = event["plan"]
@@ -130,7 +130,7 @@ class Progress:
             f"ETA {eta}",
         ]
         bar = ("━" * filled, "green"), ("━" * (BAR_CELLS - filled), "bright_black")
-        head = Text.assemble((f"  {'step':<10}", "bold"), f"{step:>{len(str(total))}}/{total} ")
+        head = Text.assemble((f"  {'step':<12}", "bold"), f"{step:>{len(str(total))}}/{total} ")
         if self.console.is_terminal:
             head = Text.assemble(head, *bar, " ")
         line = Text.assemble(head, "  ".join(parts))
@@ -178,7 +178,7 @@ class Progress:
         for key, limit in rows.items():
             lines = shortened(readable(sample.get(key)), limit).splitlines() or ["(empty)"]
             for i, line in enumerate(lines):
-                name = f"  {key if i == 0 else '':<10}"
+                name = f"  {key if i == 0 else '':<12}"
                 self.console.print(Text.assemble((name, "bold"), (line, styles.get(key, ""))))
 
 

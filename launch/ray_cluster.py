@@ -20,10 +20,13 @@ from ray.exceptions import RayError
 from ..harness.config import Config, Ray
 from ..harness.errors import ConfigError, InfeasibleError
 from ..harness.plan import Resources
+from .processes import descendants, end
 from .resources import detect
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Only plans and results go through the object store; data goes through files."""
+END_GRACE_S = 10.0
+"""How long Ray's processes may take to end by themselves."""
 MAX_TEMP_CHARS = 40
 """Ray makes Unix sockets below its folder, and their paths end at 107 characters."""
 SETTINGS = {
@@ -70,11 +73,14 @@ def cluster(launch: Ray, resources: Resources) -> Iterator[None]:
             ray.shutdown()
         return
     folder = _private_folder()
+    before = descendants(os.getpid())
     try:
         _start(resources, folder)
         yield
     finally:
+        started = [process for process in descendants(os.getpid()) if process not in before]
         ray.shutdown()
+        end(started, grace_s=END_GRACE_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -107,7 +113,8 @@ def _connect(address: str) -> None:
 def _start(resources: Resources, folder: Path) -> None:
     token = folder / "token"
     token.write_text(secrets.token_hex(32), encoding="ascii")
-    os.environ.update(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    # Ray switches token authentication on for a cluster made by ray.init; the path keeps its token out of the home.
+    os.environ.update(SETTINGS | {"RAY_AUTH_TOKEN_PATH": str(token)})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
         address="local",

@@ -6,6 +6,7 @@ the run; a worker that dies is replaced up to launch.max_failures times and star
 
 import contextlib
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,7 +104,10 @@ def session(plan: Plan, resources: Resources) -> Iterator[Session]:
     assert isinstance(launch, Ray), launch
     with cluster(launch, resources):
         check_capacity(launch, worker_resources(plan, launch))
-        yield Session(plan, launch)
+        try:
+            yield Session(plan, launch)
+        finally:
+            shutil.rmtree(RunDir(plan.run_dir).path / STORAGE, ignore_errors=True)
 
 
 def worker_resources(plan: Plan, launch: Ray) -> dict[str, float]:

@@ -32,12 +32,16 @@ def detect() -> Resources:
     )
 
 
+def has_gpu_driver() -> bool:
+    return any(os.path.exists(device) for device in GPU_DEVICES)
+
+
 def visible_gpus() -> list[tuple[str, int]]:
     """Name and bytes of every GPU that torch can use.
 
     Asked in a process of its own: a launcher that touches CUDA itself takes memory from the workers.
     """
-    if not any(os.path.exists(device) for device in GPU_DEVICES):
+    if not has_gpu_driver():
         return []
     command = [sys.executable, "-c", QUERY_GPUS]
     try:
