@@ -46,11 +46,14 @@ def load_model(
     if path is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": path, "init": None})})
     model_config = load_config_of_model(config)
+    has_other_labels = labels is not None and list(model_config.id2label.values()) != labels
     _set_labels(model_config, labels)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.seed if seed is None else seed)
         origin = model_origin(config)
         model = _random(config, model_config) if origin is None else _load(config, origin, model_config, device=device)
+        if origin is not None and has_other_labels:
+            _draw_head(model)
     adapters.keep_nf4_layout(model)
     model.origin_name = origin.name if origin else None
     _check_vocabulary(model, config)
@@ -62,6 +65,15 @@ def _set_labels(model_config: Any, labels: list[str] | None) -> None:
     if labels is not None:
         model_config.id2label = dict(enumerate(labels))
         model_config.label2id = {name: i for i, name in enumerate(labels)}
+
+
+def _draw_head(model: Any) -> None:
+    """A head for other classes starts anew, also where there happen to be as many."""
+    for name in adapters.head_names(model):
+        for module in model.get_submodule(name).modules():
+            for part in (module, *module.parameters(recurse=False)):
+                part.__dict__.pop("_is_hf_initialized", None)  # else transformers leaves it as it is
+            model._init_weights(module)
 
 
 def _attention(config: Config) -> dict[str, Any]:

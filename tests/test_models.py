@@ -72,8 +72,16 @@ def test_a_new_head_is_seeded_labelled_and_replaces_one_of_another_size(tmp_path
     assert one.config.id2label == dict(enumerate(labels))
     assert one.classifier[1].weight.shape[0] == 5
     assert torch.equal(one.classifier[1].weight, two.classifier[1].weight)
+    saved = load_file(folder / "model.safetensors")["classifier.1.weight"]
     same = models.load_model(make_config("resnet", folder), labels=LABELS)
-    assert torch.equal(same.classifier[1].weight, load_file(folder / "model.safetensors")["classifier.1.weight"])
+    assert torch.equal(same.classifier[1].weight, saved)
+    others = [models.load_model(make_config("resnet", folder), labels=["x", "y", "z"]) for _ in range(2)]
+    assert not torch.equal(others[0].classifier[1].weight, saved)
+    assert torch.equal(others[0].classifier[1].weight, others[1].classifier[1].weight)
+    assert torch.equal(
+        others[0].resnet.encoder.stages[0].layers[0].layer[0].convolution.weight,
+        same.resnet.encoder.stages[0].layers[0].layer[0].convolution.weight,
+    )
 
 
 def test_a_head_pre_trained_for_another_task_may_stay_behind_but_no_layer_may(tmp_path):
