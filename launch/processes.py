@@ -1,4 +1,4 @@
-"""The processes that this one started, and seeing to it that they end. Reads /proc; without it there are none to see."""
+"""The processes that this one started, and seeing to it that they end. Reads /proc; without it there are none."""
 
 import contextlib
 import os
