@@ -1,0 +1,109 @@
+"""Who may import whom, read from the sources: launch -> harness, and one importer for each third-party library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("harness", "launch")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for layer in LAYERS
+    for path in sorted((ROOT / layer).rglob("*.py"))
+}
+IMPORTERS = {
+    "peft": {"harness.adapters"},
+    "bitsandbytes": {"harness.adapters", "harness.bnb"},
+    "deepspeed": {"harness.zero"},
+    "ray": {"launch.ray_cluster", "launch.ray_train"},
+    "rich": {"launch.progress"},
+    "tensorboard": {"harness.metrics"},
+}
+"""Library -> the only modules that may import it."""
+TORCH_FREE = (
+    *("harness.errors", "harness.config", "harness.config_io", "harness.plan", "harness.memory", "harness.paths"),
+    *("harness.run_dir", "harness.summary", "harness.report"),
+    *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
+)
+SUBMODULES = {"torch.utils.tensorboard": "tensorboard"}
+
+
+def imports(name, *, is_top_only=False):
+    """Absolute names of what a module imports; only what runs on import where `is_top_only`."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in at_import(tree) if is_top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {origin} | {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def at_import(node):
+    """The statements that run when the module is imported: not in functions, not under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        yield child
+        yield from at_import(child)
+
+
+def library(name):
+    return SUBMODULES.get(name, name.partition(".")[0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_harness_does_not_know_the_launchers(name):
+    if name.startswith("harness"):
+        assert not {found for found in imports(name) if library(found) == "launch"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_import_each_other_relatively(name):
+    assert not {found for found in imports(name) if library(found) == "burnish"}
+
+
+@pytest.mark.parametrize("third_party", IMPORTERS)
+def test_each_library_has_its_importers_and_no_others(third_party):
+    users = {name for name in MODULES if third_party in {library(found) for found in imports(name)}}
+    assert users <= IMPORTERS[third_party]
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_what_runs_before_training_imports_no_torch(name):
+    code = (
+        f"import sys, burnish.{name}; print([m for m in ('torch', 'ray', 'transformers', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_environment_variables_are_read_by_no_module(name):
+    """They may be set, for libraries that know no other way."""
+    reads = ("os.getenv", "os.environ.get", "os.environ[")
+    lines = [line.strip() for line in MODULES[name].read_text().splitlines()]
+    found = [line for line in lines if any(read in line for read in reads)]
+    assert not [line for line in found if "] = " not in line]
+
+
+def test_no_module_is_longer_than_400_lines_and_no_function_longer_than_60():
+    too_long = []
+    for path in [*MODULES.values(), *(ROOT / "tests").glob("*.py")]:
+        text = path.read_text()
+        if text.count("\n") > 400:
+            too_long.append(path.name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 60:
+                too_long.append(f"{path.name}:{node.name}")
+    assert not too_long
