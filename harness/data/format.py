@@ -126,11 +126,7 @@ def _chat(row: dict[str, Any], tokenizer: Any, config: Any) -> Marked:
 
 def _messages(value: Any) -> Messages:
     """Checked messages {role, content, …}; ShareGPT's {from, value} is translated. Raises RowError."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowError("wrong_type", "messages is a text, not a list") from None
+    value = _parsed(value, "messages")
     if not isinstance(value, list):
         raise RowError("wrong_type", f"messages is {type(value).__name__}, not a list")
     if not value:
@@ -138,14 +134,26 @@ def _messages(value: Any) -> Messages:
     return [_message(message, number) for number, message in enumerate(value, 1)]
 
 
+def _parsed(value: Any, name: str) -> Any:
+    """Lists that a file without lists holds as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError("wrong_type", f"{name} is a text, not a list") from None
+
+
 def _message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError("wrong_type", f"message {number} is {type(message).__name__}, not an object")
     if "from" in message and "role" not in message:
-        message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+        message = {"role": SHAREGPT_ROLES.get(str(message["from"])), "content": message.get("value")} | {
+            "from": message["from"]
+        }
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RowError("unknown_role", f"message {number} has role {role!r:.60}")
+        raise RowError("unknown_role", f"message {number} has role {message.get('from', role)!r:.60}")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if content is None and message.get("tool_calls"):
@@ -187,8 +195,7 @@ def _render(messages: Messages, row: dict[str, Any], tokenizer: Any, config: Any
     template = chat_template(tokenizer, config)
     if template is None:
         raise ConfigError("the tokenizer has no chat template for a chat: give data.chat_template")
-    tools = row.get("tools") or None
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = _parsed(row.get("tools") or None, "tools")
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= max(first, 1)]
     if not answers:
         raise RowError("no_answer", "no assistant message answers anything")
