@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from burnish.harness.config import Data
 from burnish.harness.data.format import encode_causal_lm, question, reference, render_prompt
 from burnish.harness.errors import ConfigError
 from burnish.harness.tasks import RowError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 END = "<|end|>"
 TOKENIZER = tiny.make_tokenizer()

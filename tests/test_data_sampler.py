@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from burnish.harness.data.loader import Loader, cut_cells, eval_batches
 from burnish.harness.data.sampler import ABSENT, Sampler
 from burnish.harness.data.store import Store, StoreWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 FACTORISATIONS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1), (1, 8)]
 """(micro_batch_size, world_size) of a global batch of 8."""

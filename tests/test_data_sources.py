@@ -9,7 +9,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from burnish.harness.config import Source
 from burnish.harness.data.clean import Rejected, Row
 from burnish.harness.data.sources import FORMAT, find_parts, read_source
@@ -198,8 +197,8 @@ def test_a_huge_nesting_is_a_rejected_row_not_a_crash(tmp_path):
 
 
 def test_a_damaged_row_of_a_json_list_is_rejected_alone(tmp_path):
-    text = '[{"prompt": "a", "completion": "b"}, {"prompt": NaN, "completion": "b"}, 3, {"prompt": "c", "completion": "d"}]'
-    (tmp_path / "a.json").write_text(text)
+    row = '{"prompt": "a", "completion": "b"}'
+    (tmp_path / "a.json").write_text(f'[{row}, {{"prompt": NaN, "completion": "b"}}, 3, {row}]')
     items = read("a.json", cwd=tmp_path)
     assert bad(items) == [("bad_json", "a.json:2"), ("not_an_object", "a.json:3")]
     assert len(good(items)) == 2
@@ -261,7 +260,7 @@ def test_an_unknown_column_is_named_with_those_there_are(tmp_path):
         read("a.jsonl", cwd=tmp_path, columns={"text": "promt"})
     with pytest.raises(ConfigError, match=r"where: a.jsonl has no column 'topic' \(it has prompt, completion\)"):
         read("a.jsonl", cwd=tmp_path, where={"topic": ["x"]})
-    with pytest.raises(ConfigError, match="format alpaca needs instruction \\+ output"):
+    with pytest.raises(ConfigError, match=r"format alpaca needs instruction \+ output"):
         read("a.jsonl", cwd=tmp_path, format="alpaca")
 
 

@@ -148,12 +148,11 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise RowError("wrong_type", f"message {number} is {type(message).__name__}, not an object")
     if "from" in message and "role" not in message:
-        message = {"role": SHAREGPT_ROLES.get(str(message["from"])), "content": message.get("value")} | {
-            "from": message["from"]
-        }
+        sender = str(message["from"])
+        message = {"role": SHAREGPT_ROLES.get(sender, sender), "content": message.get("value")}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RowError("unknown_role", f"message {number} has role {message.get('from', role)!r:.60}")
+        raise RowError("unknown_role", f"message {number} has role {str(role)!r:.60}")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if content is None and message.get("tool_calls"):

@@ -61,18 +61,17 @@ def make_cut(hashes: Iterable[int], split: Split, wanted: dict[str, float]) -> C
     free = dict(zip(groups.tolist(), counts.tolist(), strict=True))
     total = int(counts.sum())
     held_out: dict[str, frozenset[int]] = {}
-    for name in HELD_OUT:
+    names = [name for name in HELD_OUT if wanted.get(name, 0.0) > 0]
+    for i, name in enumerate(names):
         taken: set[int] = set()
-        target, rows = wanted.get(name, 0.0) * total, 0
-        if target > 0 and len(free) > 1:
-            for group, count in free.items():
-                if rows + count / 2 <= target and len(taken) + 1 < len(free):
-                    if count > max(target, 1):
-                        continue
-                    taken.add(group)
-                    rows += count
-            if not taken:
-                taken.add(min(free, key=lambda group: (free[group], group)))
+        target, rows = wanted[name] * total, 0
+        num_spare = len(free) - len(names[i:])  # the later splits and training need one group each
+        for group, count in free.items():
+            if len(taken) < num_spare and count <= max(target, 1) and rows + count / 2 <= target:
+                taken.add(group)
+                rows += count
+        if not taken and num_spare > 0:
+            taken.add(min(free, key=lambda group: (free[group], group)))
         held_out[name] = frozenset(taken)
         free = {group: count for group, count in free.items() if group not in taken}
     return Cut(split, held_out)
