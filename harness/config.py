@@ -180,7 +180,8 @@ class Data(Section):
     loss_on: Literal["assistant", "completion", "all"] = "completion"
     """Tokens that are learned: every assistant turn, only the last answer, or everything."""
     chat_template: Text | None = None
-    """Jinja template, or a file that holds one; the tokenizer's own if left out."""
+    """Jinja template, a file that holds one, or `none`: never use one (prompt + completion + end token are joined token
+    for token as TRL's SFTTrainer does it for plain text); the tokenizer's own if left out."""
     max_bad_fraction: Fraction = 0.01
     """Share of malformed rows above which the run stops with exit code 4."""
     max_row_bytes: Bytes = 1_000_000

@@ -265,6 +265,12 @@ def test_no_row_left_and_no_such_column_are_one_sentence(tmp_path):
         prepare_data(make_config(tmp_path), str(tmp_path), "runs")
 
 
+def test_a_split_that_gets_no_row_is_refused(tmp_path):
+    write_lines(tmp_path / "rows.jsonl", make_rows(1))
+    with pytest.raises(DataError, match=r"data\.validation: no row is left"):
+        prepare_data(make_config(tmp_path, data__split={"validation": 0.5}), str(tmp_path), "runs")
+
+
 def test_packing_changes_neither_examples_nor_counts(tmp_path):
     write_lines(tmp_path / "rows.jsonl", make_rows(20))
     counts = [

@@ -308,7 +308,7 @@ def test_a_fingerprint_changes_with_the_content(tmp_path):
 
 def test_a_missing_file_is_a_config_error(tmp_path):
     write_jsonl(tmp_path / "train.jsonl")
-    with pytest.raises(ConfigError, match="did you mean train.jsonl"):
+    with pytest.raises(ConfigError, match=r"did you mean train\.jsonl"):
         read("trian.jsonl", cwd=tmp_path)
     (tmp_path / "model.zip").write_bytes(b"")
     with pytest.raises(ConfigError, match="unknown kind of data file"):

@@ -258,7 +258,7 @@ def _build(config: Config, task: Task, processor: Any, *, cwd: str, folder: Path
     )
     labels = task.find_labels(train_rows, config)
     names = [
-        name for name in SPLITS if name == "train" or getattr(config.data, name) is not None or cut.held_out.get(name)
+        name for name in SPLITS if name == "train" or getattr(config.data, name) is not None or name in cut.held_out
     ]
     with ExitStack() as stack:
         rejected_file = stack.enter_context((folder / REJECTED).open("w", encoding="utf-8"))

@@ -191,12 +191,11 @@ def _reader(name: str, open_file: Callable[[], IO[bytes]]) -> Callable[[int], It
 
     def read(max_row_bytes: int) -> Iterator[Item]:
         try:
-            file = open_file()
+            with closing(open_file()) as file:
+                plain = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if is_gzipped else file
+                yield from reader(plain, name, max_row_bytes)
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error}") from None
-        with closing(file):
-            plain = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if is_gzipped else file
-            yield from reader(plain, name, max_row_bytes)
 
     return read
 
@@ -206,8 +205,8 @@ def _url_parts(url: str) -> list[Part]:
 
     try:
         files = fsspec.open_files(url, mode="rb")
-    except (ImportError, OSError, ValueError) as error:
-        raise ConfigError(f"{url} cannot be opened: {error}") from None
+    except Exception as error:  # every fsspec back end has exceptions of its own
+        raise ConfigError(f"{url} cannot be opened: {' '.join(str(error).split())[:300]}") from error
     if not files:
         raise ConfigError(f"{url}: matches no file")
     return [_url_part(file) for file in files]
@@ -220,8 +219,8 @@ def _url_part(file: Any) -> Part:
     def fingerprint() -> str:
         try:
             return str(file.fs.ukey(file.path))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{name} cannot be read: {error}") from None
+        except Exception as error:  # every fsspec back end has exceptions of its own
+            raise DataError(f"{name} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
     return Part(name, _reader(name, lambda: file.fs.open(file.path, "rb")), fingerprint)
 
