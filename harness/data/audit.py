@@ -32,9 +32,9 @@ def audit(config: Config, cwd: str, runs_dir: str) -> dict[str, Any]:
     for name, store in stores.items():
         counts = prepared.counts[name]
         splits[name] = counts | {
-            "lengths": _lengths(store.lengths),
+            "lengths": _lengths(store.lengths) if "input_ids" in store.manifest["fields"] else None,
             "truncated_share": counts["truncated"] / counts["kept"],
-            "supervised_share": float(store.num_supervised.sum() / store.lengths.sum()),
+            "supervised_share": _supervised_share(store),
             "duplicates": _duplicates(prints[name]),
         }
     held_out = [name for name in ("validation", "test") if name in stores]
@@ -46,6 +46,13 @@ def audit(config: Config, cwd: str, runs_dir: str) -> dict[str, Any]:
         "stop_token": _stop_token(stores["train"], processor),
         "samples": _samples(stores["train"], processor),
     }
+
+
+def _supervised_share(store: Store) -> float | None:
+    """Learned tokens among all; None where a row has one target and not one per token."""
+    if "loss_mask" not in store.manifest["fields"]:
+        return None
+    return float(store.num_supervised.sum() / store.lengths.sum())
 
 
 def _text(example: Example, processor: Any) -> str:
@@ -189,20 +196,27 @@ def render(found: dict[str, Any]) -> str:
 
 def _render_split(name: str, split: dict[str, Any]) -> list[str]:
     lengths, copies = split["lengths"], split["duplicates"]
+    share = split["supervised_share"]
     lines = [
         f"{BOLD}{name}{RESET}  {split['kept']} of {split['rows']} rows kept, {split['bad']} bad, "
-        f"{sum(split['dropped'].values())} left out, {split['truncated_share']:.1%} truncated, "
-        f"{split['supervised_share']:.1%} of the tokens learned",
+        f"{sum(split['dropped'].values())} left out, {split['truncated_share']:.1%} truncated"
+        + ("" if share is None else f", {share:.1%} of the tokens learned"),
         f"  duplicates: {copies['exact']} exact, {copies['near']} but for case and spaces",
-        f"  tokens a row: {lengths['min']} to {lengths['max']}, median {lengths['median']:g}, p95 {lengths['p95']:g}",
     ]
+    lines += _render_lengths(lengths) if lengths is not None else []
+    for kind, facts in split["rejected"].items():
+        lines.append(f"  bad: {facts['count']} {kind}: {_safe(', '.join(facts['examples'][:5]))}")
+    lines += [f"  left out: {count} {kind}" for kind, count in split["dropped"].items()]
+    return lines
+
+
+def _render_lengths(lengths: dict[str, Any]) -> list[str]:
+    shown = f"{lengths['min']} to {lengths['max']}, median {lengths['median']:g}, p95 {lengths['p95']:g}"
+    lines = [f"  tokens a row: {shown}"]
     top = max(each["count"] for each in lengths["histogram"])
     for each in lengths["histogram"]:
         bar = "█" * -(-each["count"] * BAR // max(top, 1))
         lines.append(f"  {each['from']:7.0f} … {each['to']:<7.0f} {bar} {each['count']}")
-    for kind, facts in split["rejected"].items():
-        lines.append(f"  bad: {facts['count']} {kind}: {_safe(', '.join(facts['examples'][:5]))}")
-    lines += [f"  left out: {count} {kind}" for kind, count in split["dropped"].items()]
     return lines
 
 
