@@ -8,7 +8,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-TIMEOUT_S = 240
+TIMEOUT_S = 480
 
 
 def _work(
