@@ -174,6 +174,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "data": Store(job.prepared.train).manifest["content_hash"],
         "model": job.plan.config.model.model_dump(mode="json"),
         "adapter": job.plan.config.adapter.model_dump(mode="json"),
+        "optimizer": job.plan.config.optimizer.name,
         "global_batch_size": job.plan.config.train.global_batch_size,
         "seed": job.plan.config.seed,
     }
@@ -267,7 +268,7 @@ def _answer(job: Job, when: str) -> None:
     if not questions or not (job.is_first or job.plan.zero_stage == 3):
         return
     prompts = [question["prompt"] for question in questions]
-    answers = generate(job.engine.module, job.processor, job.task, prompts, job.plan.config)
+    answers = generate(job.engine.model, job.processor, job.task, prompts, job.plan.config)
     if when == "before":
         job.samples = [dict(question) for question in questions]
     for sample, answer in zip(job.samples, answers, strict=True):
@@ -286,7 +287,7 @@ def _finish(job: Job, step: int) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if job.is_first:
         assert state is not None
-        path = export.save_final(job.plan, job.engine.module, state, job.prepared.labels)
+        path = export.save_final(job.plan, job.engine.model, state, job.prepared.labels)
         proof = export.prove(job.plan, path, batch, live_loss, labels=job.prepared.labels)
         job.emit({"event": "proof", "path": str(path)} | proof)
         summary = {"steps": step, "result": str(path), "proof": proof} | {k: v for k, v in final.items() if v}
