@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from .config import Config
+from .config import Config, Freeze, LoraOptions
 from .errors import ConfigError, TrainingError
 
 PEFT_TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "sequence_classification": TaskType.SEQ_CLS}
@@ -49,7 +49,7 @@ def keep_nf4_layout(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -83,6 +83,7 @@ def full(model: nn.Module, config: Config) -> nn.Module:
 def freeze(model: nn.Module, config: Config) -> nn.Module:
     """Trains the head, the last layers and the parameters that match a pattern."""
     options = config.adapter
+    assert isinstance(options, Freeze), options
     parameters = dict(model.named_parameters(remove_duplicate=False))
     prefixes = list(getattr(model, "new_modules", ()))
     if options.head:
@@ -112,6 +113,7 @@ def _last_layers(model: nn.Module, count: int) -> list[str]:
 def lora(model: nn.Module, config: Config) -> nn.Module:
     """A PeftModel with adapters in the dtype of the model; a new head is trained whole and saved with them."""
     options = config.adapter
+    assert isinstance(options, LoraOptions), options
     to_save = _modules_to_save(model, config)
     targets = _target_modules(model, options.target_modules, excluded=to_save)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -120,11 +122,11 @@ def lora(model: nn.Module, config: Config) -> nn.Module:
     peft_config = LoraConfig(
         task_type=PEFT_TASK_TYPES.get(config.task.type),
         r=options.rank,
-        lora_alpha=options.alpha,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft takes any number
         lora_dropout=options.dropout,
         target_modules=_short_names(model, targets),
         use_rslora=options.rslora,
-        use_dora=options.method == "dora",
+        use_dora=config.adapter.method == "dora",
         rank_pattern=dict(options.rank_pattern),
         alpha_pattern=dict(options.alpha_pattern),
         modules_to_save=to_save or None,
@@ -165,6 +167,7 @@ def _to_eval_mode(module: nn.Module, _inputs: Any) -> None:
 
 
 def _modules_to_save(model: nn.Module, config: Config) -> list[str]:
+    assert isinstance(config.adapter, LoraOptions), config.adapter
     names = [name for name, _ in model.named_modules() if name]
     chosen = [
         found for name in config.adapter.modules_to_save for found in _named(name, names, key="adapter.modules_to_save")
@@ -248,9 +251,9 @@ def adapter_tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def save_adapter_config(model: nn.Module, folder: str) -> None:
+def save_adapter_config(model: Any, folder: str) -> None:
     """Writes adapter_config.json, marked for inference."""
-    peft_config = model.peft_config["default"]  # type: ignore[union-attr, index]
+    peft_config = model.peft_config["default"]
     was_inference, peft_config.inference_mode = peft_config.inference_mode, True
     try:
         peft_config.save_pretrained(folder)

@@ -31,7 +31,7 @@ class TrainingError(BurnishError):
     exit_code = 5
 
 
-class Interrupted(BurnishError):
+class Interrupted(BurnishError):  # noqa: N818
     """The user stopped the run and a checkpoint was written: exit 130."""
 
     exit_code = 130

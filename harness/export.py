@@ -59,12 +59,11 @@ def save_final(plan: Plan, model: nn.Module, state: dict[str, Tensor], labels: l
     """
     run, config = RunDir(plan.run_dir), plan.config
     target = run.adapter if adapters.is_adapter(config) else run.model
-    module = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
     _check_finite(state)
     with _written_whole(target) as folder:
         if adapters.is_adapter(config):
-            save_file(adapters.adapter_tensors(module, state), folder / adapters.ADAPTER_WEIGHTS, {"format": "pt"})
-            adapters.save_adapter_config(module, str(folder))
+            save_file(adapters.adapter_tensors(model, state), folder / adapters.ADAPTER_WEIGHTS, {"format": "pt"})
+            adapters.save_adapter_config(model, str(folder))
         else:
             _whole_model(config, state, labels).save_pretrained(folder)  # type: ignore[operator]
         models.load_processor(config).save_pretrained(folder)

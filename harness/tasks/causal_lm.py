@@ -86,7 +86,7 @@ def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     The head runs on the columns where some row is supervised, if the model's forward takes `logits_to_keep`.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs: Batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     if accepts(model, "use_cache"):
         inputs["use_cache"] = False
     is_target = pad(batch["loss_mask"][:, 1:], (0, 1))  # [B, T]: the logits of column t predict token t+1
@@ -138,7 +138,7 @@ def predict(model: Any, tokenizer: Any, inputs: list[Any], config: Any) -> list[
     answers = []
     for prompt in inputs:
         ids = torch.tensor([render_prompt(prompt, tokenizer, config)], device=device)
-        output = base.generate(  # type: ignore[operator]
+        output = base.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=options.max_new_tokens,

@@ -19,7 +19,7 @@ IGNORE = -100
 """The label of a target that does not count."""
 
 
-def unwrap(model: Any) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside an engine and an adapter."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
@@ -59,7 +59,7 @@ def neftune(model: Any, *, alpha: float, lengths: Tensor) -> Iterator[None]:
         noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1) * scale[..., None]
         return embedded + noise.to(embedded.dtype)
 
-    embedding = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    embedding = unwrap(model).get_input_embeddings()
     handle = embedding.register_forward_hook(add_noise)
     try:
         yield
