@@ -197,8 +197,7 @@ class _Output:
     def answer(self, value: Any) -> int:
         """Prints what a command returned: text, or an object with `value` (for JSON) and `text`."""
         if self.is_json:
-            value = getattr(value, "value", value)
-            self.answers.write(json.dumps(value, indent=2, default=str) + "\n")
+            self.answers.write(json.dumps(getattr(value, "value", value), indent=2, default=str) + "\n")
         else:
             text = value if isinstance(value, str) else value.text
             self.answers.write(text + "\n" if text else "")

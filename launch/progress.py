@@ -73,6 +73,9 @@ class Progress:
         self._line("batch", f"{config.train.global_batch_size} = {batch}")
         optimizer = config.optimizer
         self._line("method", f"{method(plan)}, {optimizer.name} at {optimizer.learning_rate:g}, {config.schedule.lr}")
+        if config.launch.type == "ray":
+            address = config.launch.address
+            self._line("ray", f"connecting to {address}" if address else "starting a cluster on this machine")
 
     def _data(self, event: dict[str, Any]) -> None:
         for split, counts in event["counts"].items():

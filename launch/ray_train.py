@@ -46,15 +46,20 @@ class Session:
     launch: Ray
 
     def prepare(self) -> "Prepared":
-        """Tokenises in a Ray task, so that no worker has to and the driver stays small."""
+        """Tokenises in a Ray task, so that no worker has to and the driver stays small.
+
+        Beside it another task tries the model's config and adapter, so that a mistake there shows before workers start.
+        """
         from ..harness.data.prepare import Prepared
 
-        task = ray.remote(num_cpus=1, max_retries=0)(_prepare)
-        reference = task.remote(self.plan.config.model_dump(mode="json"), self.plan.cwd)
+        config = self.plan.config.model_dump(mode="json")
+        wanted = ray.remote(num_cpus=1, max_retries=0)(_prepare).remote(config, self.plan.cwd)
+        pending = [wanted, ray.remote(num_cpus=0, max_retries=0)(_try_model).remote(config, self.plan.cwd)]
         try:
-            while not ray.wait([reference], timeout=POLL_S)[0]:
-                pass
-            return Prepared.from_dict(ray.get(reference))
+            while pending:
+                ready, pending = ray.wait(pending, timeout=POLL_S)
+                ray.get(ready)
+            return Prepared.from_dict(ray.get(wanted))
         except RayTaskError as error:
             if isinstance(error.cause, BurnishError):
                 raise error.cause from None
@@ -163,8 +168,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     run_dir = RunDir(plan.run_dir)
     if run_dir.fatal_json.exists():
         return {}
-    if os.path.isdir(plan.cwd):
-        os.chdir(plan.cwd)
+    _enter(plan.cwd)
     if plan.device == "cpu":
         keep_freed_memory()
     context = ray.train.get_context()
@@ -202,10 +206,23 @@ def deterministic(error: Exception) -> BurnishError | None:
 def _prepare(config: dict[str, Any], cwd: str) -> dict[str, Any]:
     from ..harness.data.prepare import prepare_data
 
-    if os.path.isdir(cwd):
-        os.chdir(cwd)
+    _enter(cwd)
     parsed = Config.model_validate(config)
     return prepare_data(parsed, cwd, parsed.runs_dir).to_dict()
+
+
+def _try_model(config: dict[str, Any], cwd: str) -> None:
+    from ..harness.models import count_parameters
+
+    _enter(cwd)
+    parsed = Config.model_validate(config)
+    count_parameters(parsed, getattr(parsed.task, "labels", None))
+
+
+def _enter(cwd: str) -> None:
+    """Relative paths in a config are relative to the folder where the command was typed, if this node has it."""
+    if os.path.isdir(cwd):
+        os.chdir(cwd)
 
 
 def _failed(error: BaseException, run: RunDir) -> TrainingError:

@@ -54,12 +54,12 @@ def train(config: Config, *, mode: Mode, report: Report) -> RunDir:
     if mode == "resume" and run.is_run:
         check_same_config(run.load_config(), config)
     run = RunDir.create(plan.run_dir, mode=mode)
+    report({"event": "plan", "plan": plan})
     try:
         with (
             Interrupts(lambda text: report({"event": "notice", "text": text})) as interrupts,
             launcher(config).session(plan, resources) as session,
         ):
-            report({"event": "plan", "plan": plan})
             prepared = session.prepare()
             _write_inputs(run, plan, prepared, report)
             interrupts.arm(run.stop)
