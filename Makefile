@@ -8,7 +8,7 @@ MADE := .venv/.made-from-constraints
 .PHONY: .venv quickstart train test lint
 
 quickstart: $(MADE)
-	$(BIN)/burnish train configs/quickstart.yaml $(ARGS)
+	$(BIN)/burnish train configs/quickstart.yaml --fresh $(ARGS)
 
 # make train CONFIG=configs/quickstart.yaml ARGS="train.max_steps=10 --fresh"
 train: $(MADE)
