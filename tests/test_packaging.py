@@ -1,6 +1,7 @@
 """The wheel holds what the tree holds, and asks for what the code imports."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -105,3 +106,15 @@ def test_the_version_is_the_projects():
         [sys.executable, "-m", "burnish.launch.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"burnish {PROJECT['project']['version']}"
+
+
+def test_the_readme_names_every_file_of_the_tree_and_no_other():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    tracked = {name for name in done.stdout.splitlines() if (ROOT / name).exists()}
+    named = re.findall(
+        r"^\| `([^`]+)` \| [^|]", (ROOT / "README.md").read_text().partition("## Every file")[2], re.MULTILINE
+    )
+    assert len(named) == len(set(named))
+    assert set(named) == tracked
