@@ -27,7 +27,7 @@ class Progress:
     """Shows the events and metrics records of one run as they come. Writes plain lines where there is no terminal."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.console = Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self.live: Live | None = None
         self.last_plain = 0.0
         self.total_steps = 0
@@ -57,13 +57,17 @@ class Progress:
             self.live.stop()
             self.live = None
 
+    def _print(self, text: Text) -> None:
+        """One logical line; the terminal wraps it, so that a path can be copied whole."""
+        self.console.print(text, soft_wrap=True)
+
     def _line(self, name: str, text: str) -> None:
-        self.console.print(Text.assemble((f"  {name:<12}", "bold"), printable(text)))
+        self._print(Text.assemble((f"  {name:<12}", "bold"), printable(text)))
 
     def _plan(self, event: dict[str, Any]) -> None:
         plan: Plan = event["plan"]
         config = plan.config
-        self.console.print(Text.assemble(("burnish ", "bold"), version("burnish"), " · ", (config.name, "bold")))
+        self._print(Text.assemble(("burnish ", "bold"), version("burnish"), " · ", (config.name, "bold")))
         self._line("run", shown_path(plan.run_dir))
         workers = f"{plan.world_size} workers" if plan.world_size > 1 else "1 worker"
         engine = ZERO[plan.engine].format(stage=plan.zero_stage)
@@ -114,7 +118,7 @@ class Progress:
             self.live.update(self._live_line(record), refresh=True)
         elif is_last or time.monotonic() - self.last_plain >= PLAIN_EVERY_S:
             self.last_plain = time.monotonic()
-            self.console.print(self._live_line(record))
+            self._print(self._live_line(record))
         if is_last:
             self.close()
 
@@ -153,9 +157,9 @@ class Progress:
             self._line("saved", f"{shown_path(proof['path'])}; reloaded into a fresh model: {losses}")
         self._line("report", f"{folder}/report.html")
         self._line("took", duration(summary.get("wall_time_s")) + f", peak {size(summary.get('peak_memory_bytes'))}")
-        self.console.print(Text("\nNext", style="bold"))
+        self._print(Text("\nNext", style="bold"))
         for command in next_commands(run, summary, program):
-            self.console.print(Text(f"  {command}"))
+            self._print(Text(f"  {command}"))
 
     def _comparison(self, validation: dict[str, Any]) -> None:
         before, after = validation.get("before") or {}, validation.get("after") or {}
@@ -182,7 +186,7 @@ class Progress:
             lines = shortened(readable(sample.get(key)), limit).splitlines() or ["(empty)"]
             for i, line in enumerate(lines):
                 name = f"  {key if i == 0 else '':<12}"
-                self.console.print(Text.assemble((name, "bold"), (line, styles.get(key, ""))))
+                self._print(Text.assemble((name, "bold"), (line, styles.get(key, ""))))
 
 
 def method(plan: Plan) -> str:
