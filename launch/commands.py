@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..harness.config import Config
 from ..harness.config_io import config_schema, config_to_yaml, load_config
-from ..harness.errors import ConfigError
+from ..harness.errors import ConfigError, Interrupted
 from ..harness.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
@@ -39,11 +40,16 @@ def train(options: argparse.Namespace, progress: TextIO) -> Answer:
     if options.dry_run:
         return plan(options, progress)
     paths, overrides = split_config(options.config)
+    if not options.resume and any(RunDir(path).is_run for path in paths):
+        raise ConfigError(f"{paths[0]} is a run directory; add --resume to go on with it, or give its config.yaml")
     config = training.resumed_config(paths, overrides) if options.resume else load_config(paths, overrides)
     mode: training.Mode = "resume" if options.resume else "fresh" if options.fresh else "new"
     display = Progress(progress)
     try:
         run = training.train(config, mode=mode, report=display.report)
+    except Interrupted as error:
+        how = f"{program()} train {shlex.join(options.config)} --resume"
+        raise Interrupted(f"{error}; go on with: {how}") from None
     finally:
         display.close()
     summary = training.write_report(run)
