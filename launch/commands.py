@@ -129,8 +129,11 @@ def export(options: argparse.Namespace, _progress: TextIO) -> Answer:
     run, out = RunDir.open(options.run).path.resolve(), Path(options.out).absolute()
     with working_folder(run):
         result = export_run(run, options.format, out)
-    difference = result["max_logit_difference"]
-    text = f"{result['path']}: {options.format}, reloaded; largest logit difference to the run {difference:.3g}"
+    difference, largest, kl = (result[key] for key in ("max_logit_difference", "max_logit", "mean_kl"))
+    text = (
+        f"{result['path']}: {options.format}, reloaded; largest logit difference to the run {difference:.3g} "
+        f"(largest logit {largest:.3g}), mean KL divergence {kl:.2g}"
+    )
     return Answer(result, text)
 
 
