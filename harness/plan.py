@@ -10,7 +10,7 @@ from .errors import ConfigError, InfeasibleError
 
 @dataclass(frozen=True)
 class Resources:
-    """What the host or cluster has. Bytes are per device and per node."""
+    """What the host or cluster has. Devices and CPUs are counted over all nodes; bytes are per device and per node."""
 
     device: Literal["cpu", "cuda"]
     num_devices: int
@@ -160,6 +160,7 @@ def _threads(config: Config, resources: Resources, world_size: int, decisions: l
     if config.train.num_threads is not None:
         return config.train.num_threads
     per_node = -(-world_size // resources.num_nodes)
-    threads = max(1, resources.num_cpus // per_node)
-    decisions.append(Decision("num_threads", str(threads), f"{resources.num_cpus} cores / {per_node} workers a node"))
+    cores = max(1, resources.num_cpus // resources.num_nodes)
+    threads = max(1, cores // per_node)
+    decisions.append(Decision("num_threads", str(threads), f"{cores} cores / {per_node} workers a node"))
     return threads

@@ -96,6 +96,8 @@ def test_threads_are_the_cores_shared_by_a_nodes_workers():
     assert plan_of(launch=ray(2)).num_threads == 4
     assert plan_of(launch=ray(8)).num_threads == 1
     assert plan_of(train={"max_steps": 1, "num_threads": 3}).num_threads == 3
+    two_nodes = Resources(device="cpu", num_devices=0, num_cpus=8, host_memory_bytes=2**34, num_nodes=2)
+    assert plan_of(two_nodes, launch=ray(4)).num_threads == 2
 
 
 def test_every_decision_says_why():
