@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from .config import Config, Freeze, LoraOptions
+from .engine import DTYPES
 from .errors import ConfigError, TrainingError
 
 PEFT_TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "sequence_classification": TaskType.SEQ_CLS}
@@ -23,7 +24,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def torch_dtype(config: Config) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
+    return DTYPES[config.model.dtype]
 
 
 def quantization_config(config: Config, *, skip: list[str]) -> BitsAndBytesConfig | None:

@@ -11,51 +11,9 @@ from burnish.harness.plan import Resources, make_plan
 from burnish.harness.strict_yaml import dump_yaml, parse_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from yaml_cases import GOOD, scalars, texts, trees
 
-GOOD = """\
-name: tiny
-model: {path: some/model}
-task: {type: causal_lm}
-data:
-  train:
-    - {path: a.jsonl, weight: 2}
-    - path: b.jsonl
-adapter: {method: lora, rank: 8}
-optimizer: {learning_rate: 1e-4}
-train: {max_steps: 10}
-"""
 JARGON = ("Traceback", "type=", "pydantic", "input_value", "function-", "constrained", "literal[", "<class")
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | texts
-    | st.sampled_from(
-        [
-            "no",
-            "1e-4",
-            "010",
-            "~",
-            "",
-            "1_0",
-            "0x1",
-            "a: b",
-            "# x",
-            "- ",
-            "é😀",
-            "\n",
-            " x",
-            "\x85",
-            "\ufeff",
-            "=",
-            "<<",
-        ]
-    )
-)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4))
 
 
 def all_keys():

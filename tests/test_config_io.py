@@ -8,19 +8,7 @@ from burnish.harness.config import Config
 from burnish.harness.config_io import config_schema, config_to_yaml, load_config
 from burnish.harness.errors import ConfigError
 from burnish.harness.strict_yaml import parse_yaml
-
-GOOD = """\
-name: tiny
-model: {path: some/model}
-task: {type: causal_lm}
-data:
-  train:
-    - {path: a.jsonl, weight: 2}
-    - path: b.jsonl
-adapter: {method: lora, rank: 8}
-optimizer: {learning_rate: 1e-4}
-train: {max_steps: 10}
-"""
+from yaml_cases import GOOD
 
 
 def load(folder, text, *overrides):

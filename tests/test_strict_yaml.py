@@ -5,7 +5,7 @@ import json
 import pytest
 from burnish.harness.strict_yaml import YamlError, dump_yaml, parse_yaml
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from yaml_cases import trees
 
 
 @pytest.mark.parametrize(
@@ -70,38 +70,6 @@ def test_an_alias_bomb_is_cheap():
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     with pytest.raises(YamlError, match="more than 100000 values"):
         parse_yaml("a0: &a0 [x]\n" + "\n".join(levels))
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | texts
-    | st.sampled_from(
-        [
-            "no",
-            "1e-4",
-            "010",
-            "~",
-            "",
-            "1_0",
-            "0x1",
-            "a: b",
-            "# x",
-            "- ",
-            "é😀",
-            "\n",
-            " x",
-            "\x85",
-            "\ufeff",
-            "=",
-            "<<",
-        ]
-    )
-)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4))
 
 
 @settings(max_examples=200, deadline=None)
