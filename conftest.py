@@ -1,4 +1,5 @@
-"""Settings of every test process and its children: offline, no telemetry, quiet, CPU where there is no GPU."""
+"""Settings of every test process and its children: offline, no telemetry, quiet; without a GPU the CPU, and Triton's
+interpreter for the kernels (it is chosen when triton is imported)."""
 
 import os
 
@@ -12,3 +13,4 @@ SETTINGS = {
 os.environ.update(SETTINGS)
 if not os.path.exists("/proc/driver/nvidia/version"):
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources: launch -> harness, and one importer for each third-party library."""
+"""Who may import whom, read from the sources: launch -> harness -> kernels, and one importer for each library."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("harness", "launch")
+LAYERS = ("harness", "kernels", "launch")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for layer in LAYERS
@@ -66,6 +66,13 @@ def library(name):
 def test_the_harness_does_not_know_the_launchers(name):
     if name.startswith("harness"):
         assert not {found for found in imports(name) if library(found) == "launch"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_kernels_know_torch_and_triton_alone(name):
+    if name.startswith("kernels"):
+        libraries = {library(found) for found in imports(name)} - set(sys.stdlib_module_names)
+        assert libraries <= {"kernels", "torch", "triton"}
 
 
 @pytest.mark.parametrize("name", MODULES)

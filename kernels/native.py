@@ -1,0 +1,107 @@
+"""The C++ half of the CPU path: built once per machine with the system's compiler, called through ctypes.
+
+Where there is no compiler the operations run in plain torch, with the same results. `cpp/*.cpp` make one library; every
+function is `extern "C" void name_bf16(...)` / `name_fp32(...)` of pointers, 64-bit integers and floats. OpenMP is
+torch's own runtime, so torch.set_num_threads holds for both.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+BUILD_TIMEOUT_S = 300
+logger = logging.getLogger(__name__)
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the library can take this tensor: on the CPU, bf16 or fp32, and built."""
+    return x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Calls name_<dtype>. Tensors go as pointers, None as a null pointer, int as int64_t, float as float.
+
+    The caller keeps strides and lifetimes right: the function sees nothing but addresses.
+    """
+    _function(f"{name}_{SUFFIX[dtype]}")(*map(_argument, arguments))
+
+
+def _argument(value: Tensor | int | float | None) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    found = library()
+    assert found is not None, name
+    function = found[name]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The built library; None (with one log line) where it cannot be built."""
+    compiler = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
+    if compiler is None or platform.system() != "Linux":
+        logger.info("no C++ compiler: operations on the CPU run in plain torch")
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        logger.warning("building the CPU kernels failed, operations run in plain torch: %s", detail.strip()[-2000:])
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """The library of these sources, this compiler and this processor: from the cache, or built into it."""
+    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    digest = hashlib.sha256("\0".join([version, *FLAGS, _processor(), torch.__version__]).encode())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    target = _cache_folder() / f"native-{digest.hexdigest()[:20]}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            sources = [str(file) for file in files if file.suffix == ".cpp"]
+            command = [compiler, *FLAGS, *sources, "-o", str(built)]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)
+            os.replace(built, target)
+    return target
+
+
+def _processor() -> str:
+    """The instruction sets of this processor: a library built on one machine may not run on another."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return next((line for line in info.splitlines() if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _cache_folder() -> Path:
+    """~/.cache/burnish, or a folder of this user's own in the temporary directory where that cannot be written."""
+    folder = Path.home() / ".cache" / "burnish"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="burnish-"))
