@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for real GPUs without having one, and reads what the code needs from the cubin.
 
 `python -m burnish.kernels.compile_gate` prints one JSON row per kernel, configuration and architecture: registers,
-bytes spilled, shared memory, tensor-core instructions, machine instructions and instructions per output element. Options:
-operation names, to compile only theirs. TRITON_INTERPRET must not be set.
+bytes spilled, shared memory, tensor-core instructions, machine instructions and instructions per output element.
+Options: operation names, to compile only theirs. TRITON_INTERPRET must not be set.
 """
 
 import json
