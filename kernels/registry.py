@@ -1,6 +1,13 @@
 """All operations, by name: one line for each."""
 
 from .dropout import OP as DROPOUT
+from .nf4_dequant import OP as NF4_DEQUANT
 from .op import Op
 
-OPS: dict[str, Op] = {op.name: op for op in (DROPOUT,)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        DROPOUT,
+        NF4_DEQUANT,
+    )
+}

@@ -1,0 +1,81 @@
+// kernels/nf4_dequant.py and kernels/nf4_quantize.py: NF4 weights in bitsandbytes' format.
+#include "common.h"
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+static const float NF4[16] = {
+    -1.f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.f};
+
+// The scale of a block; the product is rounded before the sum (volatile: no fused multiply-add).
+struct Scales {
+    const void* absmax;
+    const float *code2, *absmax2, *offset;
+    i64 blocksize2;
+    float operator()(i64 block) const {
+        if (!code2) return ((const float*)absmax)[block];
+        volatile float product = code2[((const uint8_t*)absmax)[block]] * absmax2[block / blocksize2];
+        return product + *offset;
+    }
+};
+
+#ifdef __AVX512BW__
+// 16 bytes -> 32 words whose low four bits are the nibbles in order; the table below ignores the fifth.
+static inline __m512i nibbles(const uint8_t* packed) {
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
+    return _mm512_or_si512(_mm512_slli_epi32(bytes, 16), _mm512_srli_epi32(bytes, 4));
+}
+static inline void decode32(const uint8_t* packed, const bf16* table, bf16* out) {
+    __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(nibbles(packed), both));
+}
+static inline void decode32(const uint8_t* packed, const float* table, float* out) {
+    __m512i index = nibbles(packed);
+    __m512 values = _mm512_loadu_ps(table);
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(index)), values));
+    _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(index, 1)), values));
+}
+#else
+template <class T> static inline void decode32(const uint8_t* packed, const T* table, T* out) {
+    for (int i = 0; i < 16; i++) {
+        out[2 * i] = table[packed[i] >> 4];
+        out[2 * i + 1] = table[packed[i] & 15];
+    }
+}
+#endif
+
+// Elements [first, last) of one block: a block has only 16 different values.
+template <class T> static inline void decode_block(const uint8_t* packed, float scale, i64 first, i64 last, T* out) {
+    T table[16];
+#pragma omp simd
+    for (int i = 0; i < 16; i++) table[i] = from_float<T>(NF4[i] * scale);
+    i64 e = first;
+    if (e & 1 && e < last) *out++ = table[packed[e++ >> 1] & 15];
+    for (; e + 32 <= last; e += 32, out += 32) decode32(packed + (e >> 1), table, out);
+    for (; e < last; e++) *out++ = table[e & 1 ? packed[e >> 1] & 15 : packed[e >> 1] >> 4];
+}
+
+// `total` elements as rows of `columns`, rows of out `stride` elements apart.
+template <class T>
+static void nf4_dequant_impl(const uint8_t* packed, Scales scales, T* out, i64 total, i64 columns, i64 stride, i64 blocksize) {
+    i64 rows = (total + columns - 1) / columns;
+#pragma omp parallel for schedule(static)
+    for (i64 row = 0; row < rows; row++) {
+        i64 e = row * columns, end = e + columns < total ? e + columns : total;
+        T* to = out + row * stride;
+        while (e < end) {
+            i64 block = e / blocksize, last = (block + 1) * blocksize;
+            if (last > end) last = end;
+            decode_block(packed, scales(block), e, last, to);
+            to += last - e;
+            e = last;
+        }
+    }
+}
+EXPORT(nf4_dequant,
+       (const uint8_t* packed, const void* absmax, const float* code2, const float* absmax2, const float* offset, T* out,
+        i64 total, i64 columns, i64 stride, i64 blocksize, i64 blocksize2),
+       (packed, Scales{absmax, code2, absmax2, offset, blocksize2}, out, total, columns, stride, blocksize))
