@@ -1,6 +1,7 @@
 """All operations, by name: one line for each."""
 
 from .dropout import OP as DROPOUT
+from .lora_linear import OP as LORA_LINEAR
 from .nf4_dequant import OP as NF4_DEQUANT
 from .op import Op
 
@@ -8,6 +9,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         DROPOUT,
+        LORA_LINEAR,
         NF4_DEQUANT,
     )
 }

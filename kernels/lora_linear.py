@@ -1,0 +1,289 @@
+"""Frozen linears that share an input, each with a low-rank update: one operation for q|k|v, gate|up or a single linear.
+
+    y_j = x W_jᵀ + bias_j + S_j B_jᵀ,   S_j = scale_j * drop_j(x) A_jᵀ,   y = [y_0 | y_1 | ...]
+    dS_j = scale_j * dy_j B_j,   dx = sum_j dy_j W_j + mask_j∘(dS_j A_j) * keep_scale
+    dA_j = dS_jᵀ drop_j(x),   dB_j = dy_jᵀ S_j
+
+W is dense or NF4 and gets no gradient. Saved for backward: x (shared) and S [M, R]; only S where the producer of x
+computed it. Shape letters: M rows, K inputs, N_j outputs (N together), r_j ranks (R together). Masks: see `shrink`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .columns import are_adjacent, joined
+from .nf4_dequant import Nf4Weight, nf4_dequant
+from .op import Backend, Case, Op, backend_of, random_normal
+from .shrink import MAX_LANES, draw_seed, drop, keep_mask, keep_scale, rank_slices
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One frozen linear with its low-rank update: weight [N, K] with any strides, bias [N] or None, a [r, K], b [N, r].
+
+    With `quant` the dense weight is made from it when needed and `weight` is not read.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+    quant: Nf4Weight | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        return self.b.shape[0]
+
+
+def lane_of(j: int, seed: int) -> tuple[int, int]:
+    """(seed, lane) of projection j: three share a hash, every further three get a seed of their own."""
+    group, lane = divmod(j, MAX_LANES)
+    return ((seed + group * 0x9E3779B97F4A7C15) % 2**62) | 2**32 if group else seed, lane
+
+
+def lora_linear_reference(
+    x: Tensor, projections: Sequence[Projection], *, p: float = 0.0, seed: int | None = None, s: Tensor | None = None
+) -> Tensor:
+    """The specification, in plain torch."""
+    outputs, flat = [], x.reshape(-1, x.shape[-1])
+    for j, (part, columns) in enumerate(zip(projections, rank_slices([q.a for q in projections]), strict=True)):
+        own_seed, lane = lane_of(j, seed or 0)
+        low = part.scale * (drop(flat, p=p, seed=own_seed, lane=lane) @ part.a.to(x.dtype).t())
+        low = low if s is None else s[:, columns]
+        base = torch.nn.functional.linear(flat, _dense(part, x.dtype), part.bias)
+        outputs.append(base + low @ part.b.to(x.dtype).t())
+    return torch.cat(outputs, dim=-1).view(*x.shape[:-1], -1)
+
+
+def _dense(part: Projection, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in this dtype."""
+    if part.quant is None:
+        return part.weight.to(dtype)
+    return nf4_dequant(part.quant, dtype=dtype)
+
+
+def _weights(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
+    """(columns of y, W of these): one pair for all projections where their weights are adjacent rows, else one each."""
+    dense = [_dense(part, dtype).detach() for part in projections]
+    if are_adjacent(dense, dim=0):
+        whole = joined(dense, dim=0)
+        return [(slice(0, whole.shape[0]), whole)]
+    pairs, start = [], 0
+    for weight in dense:
+        pairs.append((slice(start, start + weight.shape[0]), weight))
+        start += weight.shape[0]
+    return pairs
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What forward hands to backward besides tensors."""
+
+    projections: tuple[Projection, ...]
+    p: float
+    seed: int
+    ranks: tuple[slice, ...]
+    columns: tuple[slice, ...]
+    backend: Backend
+    shape: torch.Size
+
+
+def _grad_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which autograd takes the gradient of a parameter: `grad_dtype` (torch 2.10), else its own."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor | None, call: _Call, *parameters: Any) -> Tensor:
+        count = len(call.projections)
+        a, b, bias = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
+        y = _base(x, call, bias)
+        shrunk = _shrink(x, a, call) if s is None else s
+        for part, columns, ranks in zip(b, call.columns, call.ranks, strict=True):
+            y[:, columns].addmm_(shrunk[:, ranks], part.to(x.dtype).t())
+        ctx.call, ctx.has_s = call, s is not None
+        ctx.save_for_backward(None if s is not None else x, shrunk, *a, *b)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        count = len(call.projections)
+        x, shrunk, *parameters = ctx.saved_tensors
+        a, b = parameters[:count], parameters[count:]
+        needs = ctx.needs_input_grad
+        needs_a, needs_b = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count]
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dx = _base_backward(dy, call) if needs[0] else None
+        ds = torch.empty_like(shrunk) if needs[1] or needs[0] or any(needs_a) else None
+        grads_a: list[Tensor | None] = [None] * count
+        grads_b: list[Tensor | None] = [None] * count
+        for j, part in enumerate(call.projections):
+            dy_j, s_j = dy[:, call.columns[j]], shrunk[:, call.ranks[j]]
+            if needs_b[j]:
+                grads_b[j] = torch.mm(dy_j.t(), s_j).to(_grad_dtype(b[j]))
+            if ds is None:
+                continue
+            ds_j = torch.mm(dy_j, b[j].to(dy.dtype))
+            ds[:, call.ranks[j]] = ds_j
+            if ctx.has_s:
+                continue
+            ds_j.mul_(part.scale)
+            seed, lane = lane_of(j, call.seed)
+            if needs_a[j]:
+                grads_a[j] = torch.mm(ds_j.t(), drop(x, p=call.p, seed=seed, lane=lane)).to(_grad_dtype(a[j]))
+            if dx is not None:
+                _add_masked(dx, ds_j, a[j].to(dy.dtype), call, j)
+        biases = [
+            dy[:, columns].sum(0).to(part.bias.dtype) if part.bias is not None and part.bias.requires_grad else None
+            for part, columns in zip(call.projections, call.columns, strict=True)
+        ]
+        return dx, ds if ctx.has_s else None, None, *grads_a, *grads_b, *biases
+
+
+def _base(x: Tensor, call: _Call, bias: Sequence[Tensor | None]) -> Tensor:
+    """y [M, N] = x Wᵀ + bias."""
+    y = x.new_empty(x.shape[0], call.columns[-1].stop)
+    for columns, weight in _weights(call.projections, x.dtype):
+        torch.mm(x, weight.t(), out=y[:, columns])
+    for columns, part in zip(call.columns, bias, strict=True):
+        if part is not None:
+            y[:, columns] += part
+    return y
+
+
+def _base_backward(dy: Tensor, call: _Call) -> Tensor:
+    """dx [M, K] = dy W."""
+    dx: Tensor | None = None
+    for columns, weight in _weights(call.projections, dy.dtype):
+        dx = dy[:, columns] @ weight if dx is None else dx.addmm_(dy[:, columns], weight)
+    assert dx is not None
+    return dx
+
+
+def _shrink(x: Tensor, a: Sequence[Tensor], call: _Call) -> Tensor:
+    """S [M, R]."""
+    s = x.new_empty(x.shape[0], call.ranks[-1].stop)
+    for j, (part, ranks) in enumerate(zip(a, call.ranks, strict=True)):
+        seed, lane = lane_of(j, call.seed)
+        dropped = drop(x, p=call.p, seed=seed, lane=lane)
+        torch.mm(dropped, part.to(x.dtype).t(), out=s[:, ranks]).mul_(call.projections[j].scale)
+    return s
+
+
+def _add_masked(dx: Tensor, ds: Tensor, a: Tensor, call: _Call, j: int) -> None:
+    """dx += mask_j∘(ds a) * keep_scale."""
+    if call.p == 0:
+        dx.addmm_(ds, a)
+        return
+    seed, lane = lane_of(j, call.seed)
+    mask = keep_mask(*dx.shape, p=call.p, seed=seed, lane=lane, device=dx.device)
+    dx += torch.mm(ds, a).mul_(keep_scale(call.p)).masked_fill_(~mask, 0)
+
+
+def _check(x: Tensor, projections: Sequence[Projection], s: Tensor | None) -> None:
+    """Raises ValueError for shapes that do not fit and for weights that want a gradient."""
+    K = x.shape[-1]
+    for j, part in enumerate(projections):
+        if part.quant is None and part.weight.requires_grad:
+            raise ValueError(f"the weight of projection {j} requires a gradient: lora_linear takes frozen weights")
+        if part.a.shape[1] != K or part.a.shape[0] != part.b.shape[1]:
+            raise ValueError(f"projection {j}: a {tuple(part.a.shape)}, b {tuple(part.b.shape)}, input {K} features")
+        if part.quant is None and tuple(part.weight.shape) != (part.num_outputs, K):
+            raise ValueError(f"projection {j}: weight {tuple(part.weight.shape)}, not {(part.num_outputs, K)}")
+    if s is not None and s.shape[-1] != sum(part.a.shape[0] for part in projections):
+        raise ValueError(f"s has {s.shape[-1]} columns, the ranks add up to another number")
+
+
+@torch.compiler.disable
+def lora_linear(
+    x: Tensor, projections: Sequence[Projection], *, p: float = 0.0, seed: int | None = None, s: Tensor | None = None
+) -> Tensor:
+    """y [..., N] = [x W_jᵀ + bias_j + S_j B_jᵀ] side by side, for x [..., K].
+
+    p: probability of dropout on the input of the low-rank path; projection j draws lane j of `seed` (drawn from
+    torch's generator if None). s [M, R]: S as the producer of x computed it; then dropout and A are the producer's, and
+    backward returns dS to it. Under autocast everything runs in the autocast dtype. Adapters may have another dtype
+    than x (PEFT keeps them in fp32): they are rounded to that of x, and their gradients come in their own.
+    Raises ValueError where shapes do not fit or a weight requires a gradient.
+    """
+    _check(x, projections, s)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    shrunk = None if s is None else s.reshape(-1, s.shape[-1]).to(dtype)
+    columns, start = [], 0
+    for part in projections:
+        columns.append(slice(start, start + part.num_outputs))
+        start += part.num_outputs
+    call = _Call(
+        projections=tuple(projections),
+        p=p if s is None else 0.0,
+        seed=(draw_seed(p) if seed is None else seed) if s is None else 0,
+        ranks=tuple(rank_slices([part.a for part in projections])),
+        columns=tuple(columns),
+        backend=backend_of(flat),
+        shape=x.shape,
+    )
+    parameters = [*(q.a for q in projections), *(q.b for q in projections), *(q.bias for q in projections)]
+    with torch.autocast(device, enabled=False):
+        y = _LoraLinear.apply(flat, shrunk, call, *parameters)
+    return y.view(*x.shape[:-1], start)
+
+
+def _make_inputs(case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> dict[str, Any]:
+    def normal(*shape: int, scale: float) -> Tensor:
+        return random_normal(*shape, dtype=dtype, device=device, generator=generator, scale=scale)
+
+    K, r = case["K"], case["r"]
+    x = normal(case["M"], K, scale=1.0).requires_grad_()
+    projections = tuple(
+        Projection(
+            weight=normal(N, K, scale=K**-0.5),
+            bias=normal(N, scale=0.5).requires_grad_() if case.get("bias") else None,
+            a=normal(r, K, scale=K**-0.5).requires_grad_(),
+            b=normal(N, r, scale=r**-0.5).requires_grad_(),
+            scale=1.0 + 0.5 * j,
+        )
+        for j, N in enumerate(case["N"])
+    )
+    inputs: dict[str, Any] = {"x": x, "projections": projections, "p": case["p"], "seed": 2**40 + 12345}
+    if case.get("s"):
+        inputs["s"] = normal(case["M"], r * len(projections), scale=1.0).requires_grad_()
+    return inputs
+
+
+def _flops(case: Case) -> float:
+    """Two base products and six skinny ones."""
+    M, K, N, r = case["M"], case["K"], sum(case["N"]), case["r"]
+    return 4.0 * M * K * N + 6.0 * M * r * (N + K * len(case["N"]))
+
+
+OP = Op(
+    name="lora_linear",
+    summary="frozen linears of one input with low-rank updates and dropout",
+    reference=lora_linear_reference,
+    function=lora_linear,
+    make_inputs=_make_inputs,
+    cases=(
+        {"M": 1, "K": 16, "N": (16,), "r": 1, "p": 0.0},
+        {"M": 7, "K": 40, "N": (24, 8), "r": 4, "p": 0.1, "bias": True},
+        {"M": 33, "K": 64, "N": (48,), "r": 256, "p": 0.5},
+        {"M": 129, "K": 96, "N": (64, 32, 32), "r": 16, "p": 0.05},
+        {"M": 65, "K": 96, "N": (64, 32), "r": 24, "p": 0.0, "s": True},
+    ),
+    bench_cases=(
+        {"M": 8192, "K": 4096, "N": (4096, 1024, 1024), "r": 16, "p": 0.1},
+        {"M": 8192, "K": 4096, "N": (14336, 14336), "r": 16, "p": 0.1},
+    ),
+    num_flops=_flops,
+    num_bytes=lambda case: 4.0 * (case["M"] * (case["K"] + sum(case["N"])) + case["K"] * sum(case["N"])),
+)
