@@ -22,7 +22,7 @@ lint: $(MADE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p build/types/burnish
-	for folder in harness kernels launch; do ln -sfn "$(CURDIR)/$$folder" build/types/burnish/$$folder; done
+	for folder in bench harness kernels launch; do ln -sfn "$(CURDIR)/$$folder" build/types/burnish/$$folder; done
 	$(BIN)/mypy build/types/burnish
 
 .venv: $(MADE)

@@ -78,6 +78,18 @@ def _config_verb(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="*", metavar="CONFIG | section.key=value", help="for show")
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("step",), help="step: whole training steps, side by side with others' ways")
+    parser.add_argument("--modes", metavar="A,B,...", help="default: PEFT in three ways, TRL, burnish")
+    parser.add_argument("--baseline", metavar="MODE", help="mode that the others are compared with; default: peft")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps of each mode; default: 5")
+    parser.add_argument("--batch", default="4x256", metavar="BxT", help="sequences x tokens; default: 4x256")
+    parser.add_argument("--model", metavar="PATH", help="as model.path of a config; default: SmolLM2-135M")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")
+    parser.add_argument("--profile", metavar="MODE", help="instead: where the time of one step of this mode goes")
+    parser.add_argument("--out", metavar="FILE", help="write the result with its raw samples, as JSON")
+
+
 VERBS = {
     "train": Verb("fine-tune a model", _train),
     "plan": Verb("what a run would do: batch, choices and why, bytes", _config),
@@ -88,6 +100,7 @@ VERBS = {
     "report": Verb("write report.html and summary.json of a run", _run),
     "doctor": Verb("what is installed, what is missing and what that switches off", _doctor),
     "config": Verb("show a resolved config, or the schema", _config_verb),
+    "bench": Verb("measure speed and memory on this machine, next to PEFT and TRL", _bench),
 }
 
 

@@ -163,6 +163,12 @@ def config(options: argparse.Namespace, _progress: TextIO) -> Answer:
     return Answer(resolved.model_dump(mode="json"), config_to_yaml(resolved).rstrip())
 
 
+def bench(options: argparse.Namespace, progress: TextIO) -> Answer:
+    from .bench import run
+
+    return Answer(*run(options, progress))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, TextIO], Answer]] = {
     "train": train,
     "plan": plan,
@@ -173,6 +179,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, TextIO], Answer]] = {
     "report": report,
     "doctor": doctor,
     "config": config,
+    "bench": bench,
 }
 
 

@@ -19,6 +19,18 @@ SURFACE = {
     "export": ["RUN", "--format adapter|merged", "--out DIR", "--json"],
     "report": ["RUN", "--json"],
     "doctor": ["--runs-dir DIR", "--json"],
+    "bench": [
+        "step",
+        "--modes A,B,...",
+        "--baseline MODE",
+        "--steps N",
+        "--batch BxT",
+        "--model PATH",
+        "--threads N",
+        "--profile MODE",
+        "--out FILE",
+        "--json",
+    ],
     "config": ["show|schema", "CONFIG | section.key=value*", "--json"],
 }
 """Verbs and options. A change here is a change for users' scripts: note it in the README."""

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources: launch -> harness -> kernels, and one importer for each library."""
+"""Who may import whom, read from the sources: bench, launch, harness, kernels; and one importer for each library."""
 
 import ast
 import subprocess
@@ -8,25 +8,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("harness", "kernels", "launch")
+LAYERS = ("bench", "harness", "kernels", "launch")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for layer in LAYERS
     for path in sorted((ROOT / layer).rglob("*.py"))
 }
 IMPORTERS = {
-    "peft": {"harness.adapters"},
+    "peft": {"bench.peers", "harness.adapters"},
     "bitsandbytes": {"harness.adapters", "harness.bnb"},
     "deepspeed": {"harness.zero"},
     "ray": {"launch.ray_cluster", "launch.ray_train"},
     "rich": {"launch.progress"},
     "tensorboard": {"harness.metrics"},
+    "trl": {"bench.peers"},
 }
 """Library -> the only modules that may import it."""
 TORCH_FREE = (
     *("harness.errors", "harness.config", "harness.config_io", "harness.plan", "harness.memory", "harness.paths"),
     *("harness.run_dir", "harness.summary", "harness.report"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
+    *("launch.bench", "bench.modes", "bench.bench_step", "bench.table"),
 )
 SUBMODULES = {"torch.utils.tensorboard": "tensorboard"}
 
@@ -66,6 +68,12 @@ def library(name):
 def test_the_harness_does_not_know_the_launchers(name):
     if name.startswith("harness"):
         assert not {found for found in imports(name) if library(found) == "launch"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_benchmarks_are_known_to_their_verb_alone(name):
+    if not name.startswith("bench") and name != "launch.bench":
+        assert not {found for found in imports(name) if library(found) == "bench"}
 
 
 @pytest.mark.parametrize("name", MODULES)

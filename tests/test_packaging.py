@@ -16,13 +16,15 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LAYERS = ("harness", "kernels", "launch")
+LAYERS = ("bench", "harness", "kernels", "launch")
 NOT_IMPORTED = {
     "accelerate": "transformers loads quantised weights with it, and peft imports it",
     "gguf": "transformers reads GGUF files with it",
     "tensorboard": "torch.utils.tensorboard writes with it",
 }
 """Requirements that our sources do not import, and who does."""
+OPTIONAL = {"trl"}
+"""Imported where it is installed: a mode of the benchmark that `pip install burnish[dev]` brings."""
 
 
 def packages_in_tree():
@@ -68,7 +70,7 @@ def test_the_wheel_holds_every_module_and_the_licence(tmp_path):
     assert wanted <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [
-        name for name in names if name.startswith(("burnish/tests", "harness/", "kernels/", "launch/", "tests/"))
+        name for name in names if name.startswith(("burnish/tests", "tests/", *(f"{layer}/" for layer in LAYERS)))
     ]
 
 
@@ -82,7 +84,7 @@ def imported():
                     found |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
                     found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names)
+    return found - set(sys.stdlib_module_names) - OPTIONAL
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_used():

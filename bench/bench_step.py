@@ -1,0 +1,206 @@
+"""Whole training steps of several modes side by side, and whether they compute the same.
+
+One fresh process per mode; all stay alive and take one step each in turn, starting with another one every round, so
+that a slow moment of the machine hits all alike. Ratios are of steps of the same round. Before that a check: three
+steps of each mode without dropout, from the same adapter on the same batch, must give the losses of the baseline.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..harness.errors import ConfigError
+from .modes import MODES
+from .pool import Worker, WorkerDied, open_worker
+from .stats import paired_ratios, quantiles
+from .workload import Workload
+
+MAX_ALIVE = 5
+"""Processes at a time; with more modes there are groups, each with the baseline and burnish."""
+NUM_CHECK_STEPS = 3
+LOSS_TOLERANCE = 2.0**-9
+"""Largest relative difference of a loss from the baseline's in the check: the unit roundoff of bf16."""
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Row:
+    """All that was measured of one mode."""
+
+    mode: str
+    built: dict[str, Any] = field(default_factory=dict)
+    check_losses: list[float] = field(default_factory=list)
+    warmup_times_s: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    failure: str | None = None
+    void: str | None = None
+
+
+@dataclass
+class Measurement:
+    """Rows by mode, and the step times by mode of every round; a round holds the modes of one group."""
+
+    workload: Workload
+    baseline: str
+    rows: dict[str, Row]
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    is_interrupted: bool = False
+
+
+def measure(
+    modes: Sequence[str], workload: Workload, *, baseline: str, num_steps: int, num_warmup: int, say: Say
+) -> Measurement:
+    """Checks the losses of every mode, then times all modes. Raises ConfigError for a mode there is not."""
+    check_names([*modes, baseline])
+    found = Measurement(workload, baseline, {mode: Row(mode) for mode in modes})
+    try:
+        for row in found.rows.values():
+            check(row, workload, say)
+        compare_losses(found)
+        for group in groups([mode for mode, row in found.rows.items() if row.failure is None], baseline):
+            time_group(group, found, num_steps=num_steps, num_warmup=num_warmup, say=say)
+    except KeyboardInterrupt:
+        if not found.rounds:
+            raise
+        found.is_interrupted = True
+    return found
+
+
+def check_names(modes: Sequence[str]) -> None:
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"{mode!r} is no mode of the step benchmark; there is {', '.join(MODES)}")
+
+
+def groups(modes: Sequence[str], baseline: str) -> list[list[str]]:
+    """Modes that are alive together: at most MAX_ALIVE, every group with the baseline and burnish."""
+    if len(modes) <= MAX_ALIVE:
+        return [list(modes)]
+    common = [mode for mode in modes if mode in (baseline, "burnish")]
+    others = [mode for mode in modes if mode not in common]
+    size = MAX_ALIVE - len(common)
+    return [common + others[start : start + size] for start in range(0, len(others), size)]
+
+
+def check(row: Row, workload: Workload, say: Say) -> None:
+    """A few steps in a process of their own, without dropout; the losses go into the row."""
+    say(f"{row.mode}: {NUM_CHECK_STEPS} steps without dropout, for the losses")
+    try:
+        with open_worker(row.mode, workload.for_check()) as worker:
+            row.built = worker.built
+            row.check_losses = [worker.step()["loss"] for _ in range(NUM_CHECK_STEPS)]
+    except WorkerDied as died:
+        row.failure = str(died)
+        say(f"{row.mode}: {row.failure}")
+
+
+def compare_losses(found: Measurement) -> None:
+    """Makes void the rows whose model or losses are not the baseline's."""
+    base = found.rows.get(found.baseline)
+    if base is None or base.failure is not None:
+        return
+    for row in found.rows.values():
+        if row.failure is not None:
+            continue
+        worst = max(
+            (abs(own - other) / abs(other) for own, other in zip(row.check_losses, base.check_losses, strict=True)),
+            default=0.0,
+        )
+        if row.built["num_trained"] != base.built["num_trained"]:
+            row.void = f"trains {row.built['num_trained']} weights, {base.mode} {base.built['num_trained']}"
+        elif not worst <= LOSS_TOLERANCE:  # not a number is void as well
+            row.void = f"loss differs from {base.mode} by {worst:.2g}, allowed {LOSS_TOLERANCE:.2g}"
+
+
+def time_group(modes: Sequence[str], found: Measurement, *, num_steps: int, num_warmup: int, say: Say) -> None:
+    """Loads the modes, warms them up, and takes their steps in turn."""
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for mode in modes:
+            say(f"{mode}: load, {num_warmup} steps to warm up")
+            row = found.rows[mode]
+            try:
+                worker = stack.enter_context(open_worker(mode, found.workload))
+                row.built = worker.built
+                row.warmup_times_s = [worker.step()["time_s"] for _ in range(num_warmup)]
+                workers[mode] = worker
+            except WorkerDied as died:
+                row.failure = str(died)
+                say(f"{mode}: {row.failure}")
+        for number in range(num_steps):
+            times = one_round(list(workers), number, workers, found)
+            shown = ", ".join(f"{mode} {time_s:.3f} s" for mode, time_s in times.items())
+            say(f"round {number + 1} of {num_steps}: {shown}")
+
+
+def one_round(modes: list[str], number: int, workers: dict[str, Worker], found: Measurement) -> dict[str, float]:
+    """One step of each, starting with another mode every time. A mode that dies is dropped."""
+    first = number % max(1, len(modes))
+    times: dict[str, float] = {}
+    for mode in modes[first:] + modes[:first]:
+        row = found.rows[mode]
+        try:
+            answer = workers[mode].step()
+        except WorkerDied as died:
+            row.failure = str(died)
+            del workers[mode]
+            continue
+        times[mode] = answer["time_s"]
+        row.losses.append(answer["loss"])
+        row.peak_bytes = max(row.peak_bytes, answer["peak_bytes"])
+    found.rounds.append(times)
+    return {mode: times[mode] for mode in modes if mode in times}
+
+
+def summarise(found: Measurement) -> dict[str, Any]:
+    """The measurement as JSON, with the raw samples."""
+    return {
+        "benchmark": "step",
+        "workload": found.workload.to_dict(),
+        "baseline": found.baseline,
+        "loss_tolerance": LOSS_TOLERANCE,
+        "num_check_steps": NUM_CHECK_STEPS,
+        "is_interrupted": found.is_interrupted,
+        "rounds": found.rounds,
+        "rows": [summarise_row(row, found) for row in found.rows.values()],
+    }
+
+
+def summarise_row(row: Row, found: Measurement) -> dict[str, Any]:
+    """One row: state ok, void or failed; times and memory; `ratio` is how many times faster than the baseline."""
+    state = "failed" if row.failure is not None else "void" if row.void is not None else "ok"
+    times = [times[row.mode] for times in found.rounds if row.mode in times]
+    result: dict[str, Any] = {
+        "mode": row.mode,
+        "summary": MODES[row.mode].summary,
+        "state": state,
+        "reason": row.failure or row.void,
+        "check_losses": row.check_losses,
+        "losses": row.losses,
+        "warmup_times_s": row.warmup_times_s,
+        "times_s": times,
+        "peak_bytes": row.peak_bytes,
+        **row.built,
+    }
+    if state == "ok" and times:
+        time_s = quantiles(times)
+        result |= {"time_s": time_s, "tokens_per_s": found.workload.tokens / time_s["median"]}
+        both = [turn for turn in found.rounds if row.mode in turn and found.baseline in turn]
+        base = found.rows.get(found.baseline)
+        if both and base is not None and base.failure is None and base.void is None:
+            pairs = [turn[found.baseline] for turn in both], [turn[row.mode] for turn in both]
+            result["ratio"] = paired_ratios(*pairs)
+    return result
+
+
+def profile(mode: str, workload: Workload, *, num_warmup: int, num_rows: int, say: Say) -> dict[str, Any]:
+    """Where the time of one step of a mode goes: {mode, time_s, plain_time_s, profile}."""
+    check_names([mode])
+    say(f"{mode}: load, {num_warmup} steps to warm up")
+    with open_worker(mode, workload, is_profiled=True) as worker:
+        times = [worker.step()["time_s"] for _ in range(num_warmup)]
+        answer = worker.profile(num_rows)
+    return {"mode": mode, "plain_time_s": times[-1], "time_s": answer["time_s"], "profile": answer["profile"]}

@@ -1,0 +1,151 @@
+"""What users run without burnish: PEFT in a plain loop, and TRL's SFTTrainer. Only modes of the benchmark.
+
+Each takes the same step: loss over every next token, gradient norm clipped, fused AdamW without weight decay.
+"""
+
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+from ..harness.pretrained import locate, quiet
+from .turns import Finished, Turns
+from .workload import Workload
+
+
+def load_base(workload: Workload, dtype: torch.dtype) -> Any:
+    """The model as transformers alone loads it, or random weights where the workload says `init`."""
+    quiet()
+    if "init" in workload.model:
+        torch.manual_seed(workload.seed)
+        model_config = AutoConfig.for_model(**workload.model["init"])
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    origin = locate(workload.model["path"], key="model.path")
+    options: dict[str, Any] = {"dtype": dtype} | origin.options()
+    if origin.gguf_file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(origin.path, **options)
+
+
+def lora_config(workload: Workload) -> LoraConfig:
+    return LoraConfig(
+        r=workload.rank,
+        lora_alpha=workload.alpha,
+        lora_dropout=workload.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+@torch.no_grad()
+def draw_adapter(model: nn.Module, seed: int) -> int:
+    """Gives every mode the same adapter: A uniform as PEFT draws it, rounded to bf16; B zero.
+
+    Returns the number of trained elements.
+    """
+    trained = [(name, p) for name, p in sorted(model.named_parameters()) if p.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in trained:
+        if "lora_A" in name:
+            bound = param.shape[-1] ** -0.5
+            drawn = torch.empty(param.shape).uniform_(-bound, bound, generator=generator)
+            param.copy_(drawn.to(torch.bfloat16))
+        elif "lora_B" in name:
+            param.zero_()
+    return sum(param.numel() for _, param in trained)
+
+
+def run_peft(
+    workload: Workload,
+    turns: Turns,
+    *,
+    has_fp32_adapters: bool,
+    autocast: bool,
+    is_compiled: bool = False,
+    is_fp32: bool = False,
+) -> None:
+    """PEFT in the plain loop of its documentation. `has_fp32_adapters` is PEFT's default (autocast_adapter_dtype)."""
+    turns.mark_floor()
+    base = load_base(workload, torch.float32 if is_fp32 else torch.bfloat16).to(turns.device)
+    model: Any = get_peft_model(base, lora_config(workload), autocast_adapter_dtype=has_fp32_adapters).train()
+    num_trained = draw_adapter(model, workload.seed)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=workload.learning_rate, weight_decay=0.0, fused=True)
+    forward = torch.compile(model) if is_compiled else model
+    torch.manual_seed(workload.seed)
+    turns.ready(num_trained=num_trained)
+    while True:
+        number = turns.begin()
+        ids = workload.batch(number, base.config.vocab_size).to(turns.device)
+        with _autocast(turns.device, autocast):
+            loss = forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, workload.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.end(float(loss))
+
+
+def _autocast(device: str, is_on: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(device, dtype=torch.bfloat16) if is_on else nullcontext()
+
+
+def run_sft(workload: Workload, turns: Turns) -> None:
+    """TRL's SFTTrainer with its defaults (gradient checkpointing, bf16 autocast) and its own loop and collator.
+
+    A callback waits for each turn; the data loader of the trainer runs outside the measured time.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Waiting(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            turns.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.end(trainer.last_loss)
+
+    class Observed(SFTTrainer):
+        last_loss = float("nan")
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            self.last_loss = float(loss)
+            return loss
+
+    turns.mark_floor()
+    model = load_base(workload, torch.bfloat16)
+    origin = locate(workload.model["path"], key="model.path")
+    rows = [row.tolist() for n in range(workload.num_batches) for row in workload.batch(n, model.config.vocab_size)]
+    with tempfile.TemporaryDirectory(prefix="burnish-bench-") as folder:
+        trainer = Observed(
+            model=model,
+            args=SFTConfig(
+                output_dir=folder,
+                max_steps=10**6,
+                per_device_train_batch_size=workload.num_sequences,
+                learning_rate=workload.learning_rate,
+                lr_scheduler_type="constant",
+                max_grad_norm=workload.max_grad_norm,
+                max_length=workload.length,
+                seed=workload.seed,
+                train_sampling_strategy="sequential",
+                use_cpu=turns.device == "cpu",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
+            processing_class=AutoTokenizer.from_pretrained(origin.path, **origin.options()),
+            peft_config=lora_config(workload),
+            callbacks=[Waiting()],
+        )
+        assert trainer.model is not None
+        turns.ready(num_trained=draw_adapter(trainer.model, workload.seed))
+        trainer.train()
+    raise Finished

@@ -1,0 +1,102 @@
+"""A mode's side of the conversation with the benchmark: it takes a step whenever it is asked for one, and is timed.
+
+Requests and answers are lines of JSON. Requests: {"do": "step"}, {"do": "profile", "rows": n}, {"do": "stop"}.
+Answers: what `Turns.ready` and `Turns.end` write.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+"""What resets VmHWM to the present size, proc_pid_clear_refs(5)."""
+
+
+class Finished(Exception):  # noqa: N818
+    """The benchmark wants no more steps."""
+
+
+class Turns:
+    """begin() waits for a request and starts the clock, end() stops it and answers."""
+
+    def __init__(self, requests: TextIO, answers: TextIO) -> None:
+        self.requests, self.answers = requests, answers
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.floor_bytes = 0
+        self.num_begun = 0
+        self.start_s = 0.0
+        self.profiler: torch.profiler.profile | None = None
+        self.num_rows = 0
+
+    def mark_floor(self) -> None:
+        """Call it when all libraries are imported and no weight is loaded."""
+        self.floor_bytes = memory("VmRSS", self.device)
+
+    def ready(self, *, num_trained: int) -> None:
+        """Call it before the first begin(): says what was built, and forgets the peak that loading had."""
+        loaded = memory("VmRSS", self.device)
+        reset_peak(self.device)
+        self._answer(
+            {"floor_bytes": self.floor_bytes, "loaded_bytes": loaded, "num_trained": num_trained, "device": self.device}
+        )
+
+    def begin(self) -> int:
+        """Number of the step to take. Raises Finished."""
+        request = json.loads(self.requests.readline() or '{"do": "stop"}')
+        if request["do"] == "stop":
+            raise Finished
+        if request["do"] == "profile":
+            self.num_rows = request["rows"]
+            self.profiler = torch.profiler.profile(record_shapes=True)
+            self.profiler.start()
+        self.num_begun += 1
+        self.start_s = time.perf_counter()
+        return self.num_begun - 1
+
+    def end(self, loss: float) -> None:
+        """Ends the step. `loss` must have been read from the device, or the step is not over."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        time_s = time.perf_counter() - self.start_s
+        answer: dict[str, Any] = {"time_s": time_s, "loss": loss, "peak_bytes": memory("VmHWM", self.device)}
+        if self.profiler is not None:
+            self.profiler.stop()
+            answer["profile"] = profile_tables(self.profiler, self.num_rows)
+            self.profiler = None
+        self._answer(answer)
+
+    def _answer(self, value: dict[str, Any]) -> None:
+        self.answers.write(json.dumps(value) + "\n")
+        self.answers.flush()
+
+
+def memory(field: str, device: str) -> int:
+    """Bytes: VmRSS (now) or VmHWM (most since the reset) of this process; on a GPU what its allocator holds."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
+    found = re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
+
+
+def profile_tables(profiler: torch.profiler.profile, num_rows: int) -> str:
+    """The operations with the most time of their own, and the same by the shapes of their inputs."""
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    tables = [
+        profiler.key_averages().table(sort_by=key, row_limit=num_rows, max_name_column_width=60),
+        profiler.key_averages(group_by_input_shape=True).table(
+            sort_by=key, row_limit=num_rows, max_name_column_width=60, max_shapes_column_width=90
+        ),
+    ]
+    return "\n\n".join(tables)

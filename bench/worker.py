@@ -1,0 +1,64 @@
+"""The process of one mode: `python -m burnish.bench.worker`, asked over stdin and answering on stdout.
+
+The first line is {"mode": ..., "workload": {...}}; see `turns` for what follows.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from importlib import import_module
+from typing import Any, TextIO
+
+from .modes import MODES
+from .workload import Workload
+
+
+def main() -> None:
+    answers = own_stdout()
+    first = json.loads(sys.stdin.readline())
+    mode, workload = MODES[first["mode"]], Workload.from_dict(first["workload"])
+    if mode.keeps_memory:
+        from ..launch.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    import torch
+
+    from .turns import Finished, Turns
+
+    torch.set_num_threads(workload.num_threads)
+    if first.get("is_profiled"):
+        name_native_calls()
+    function: Any = getattr(import_module(mode.module, __package__), mode.function)
+    with contextlib.suppress(Finished):
+        function(workload, Turns(sys.stdin, answers), **mode.options)
+    # Nothing of a benchmark is worth the seconds that tearing a model down takes.
+    answers.close()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def own_stdout() -> TextIO:
+    """The real stdout for the answers alone; whatever libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def name_native_calls() -> None:
+    """Lets the profiler see the C++ functions, which ctypes calls behind its back."""
+    import torch
+
+    from ..kernels import native
+
+    call = native.call
+
+    def named(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        with torch.profiler.record_function(f"native::{name}"):
+            call(name, dtype, *arguments)
+
+    native.call = named
+
+
+if __name__ == "__main__":
+    main()

