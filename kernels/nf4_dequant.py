@@ -30,7 +30,7 @@ CODE = (
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 GRANULE = 32
 """Elements that surely share one block: the smallest block size."""
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 """Elements that plain torch decodes at a time: the fp32 buffer stays in a core's cache."""
 
 
@@ -133,50 +133,58 @@ def nf4_dequant_reference(w: Nf4Weight, *, dtype: torch.dtype | None = None, out
 def _nf4_dequant_kernel(
     packed_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, out_ptr,
     C, chunks, stride, shift, shift2,
-    NESTED: tl.constexpr, BG: tl.constexpr, GRANULE: tl.constexpr,
+    NESTED: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """Rows of C elements, each made by `chunks` programs of BG granules; C % GRANULE is 0 unless there is one row.
+    """Rows of C elements, each made by `chunks` programs of BG granules of 32; C % 32 is 0 or there is one row.
 
-    shift, shift2: log2 of the granules in a block and of blocksize2.
+    packed: 32-bit words, whole granules. shift, shift2: log2 of the granules in a block and of blocksize2.
+    One thread loads the 16 bytes of a granule; the 16 codes are looked up in shared memory, one word per bank.
     """
-    HALF: tl.constexpr = GRANULE // 2
-    row = tl.program_id(0).to(tl.int64) // chunks
-    chunk = tl.program_id(0) % chunks
-    first = row * tl.cdiv(C, GRANULE).to(tl.int64) + chunk.to(tl.int64) * BG
-    left = C - chunk.to(tl.int64) * (BG * GRANULE)
+    row = tl.program_id(0) // chunks
+    chunk = (tl.program_id(0) - row * chunks).to(tl.int64)
+    first = row.to(tl.int64) * tl.cdiv(C, 32) + chunk * BG
+    left = tl.minimum(C - chunk * (BG * 32), BG * 32).to(tl.int32)
     g = tl.arange(0, BG)
+    there = g * 32 < left
     block = (first + g) >> shift
-    there = g * GRANULE < left
     if NESTED:
         fine = tl.load(code2_ptr + tl.load(absmax_ptr + block, mask=there, other=0).to(tl.int32))
-        coarse = tl.load(absmax2_ptr + (block >> shift2), mask=there, other=0.0)
-        scale = fine * coarse + tl.load(offset_ptr)
+        scale = fine * tl.load(absmax2_ptr + (block >> shift2), mask=there, other=0.0) + tl.load(offset_ptr)
     else:
         scale = tl.load(absmax_ptr + block, mask=there, other=0.0)
-    at = g[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    byte = tl.load(packed_ptr + first * HALF + at, mask=at * 2 < left, other=0).to(tl.int32)
-    high = tl.load(code_ptr + (byte >> 4)) * scale[:, None]
-    low = tl.load(code_ptr + (byte & 15)) * scale[:, None]
-    values = tl.reshape(tl.join(high, low), (BG, GRANULE))
-    to = g[:, None] * GRANULE + tl.arange(0, GRANULE)[None, :]
-    out_ptr += row * stride + chunk.to(tl.int64) * (BG * GRANULE)
-    tl.store(out_ptr + to, values.to(out_ptr.dtype.element_ty), mask=to < left)
+    at = g[:, None] * 4 + tl.arange(0, 4)[None, :]
+    word = tl.load(packed_ptr + first * 4 + at, mask=there[:, None], other=0)
+    index = (word[:, :, None] >> (4 * (tl.arange(0, 8) ^ 1))[None, None, :]) & 15
+    code = tl.load(code_ptr + tl.arange(0, 16))
+    value = tl.gather(code, tl.reshape(index, (BG * 32,)), 0).reshape((BG, 4, 8))
+    value = tl.reshape(value * scale[:, None, None], (BG, 32)).to(out_ptr.dtype.element_ty)
+    to = g[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(out_ptr + row.to(tl.int64) * stride + chunk * (BG * 32) + to, value, mask=to < left)
 
 
-BLOCK = {"BG": 32, "GRANULE": GRANULE}
+BLOCK = {"BG": 128}
 
 
 def _triton(w: Nf4Weight, out: Tensor) -> None:
     """out: whole rows of a multiple of GRANULE elements, or contiguous."""
-    data, device = w.bytes_(), out.device
     rows, columns = (1, w.num_elements) if out.is_contiguous() else w.shape
     chunks = triton.cdiv(columns, BLOCK["BG"] * GRANULE)
     statistics = (w.absmax, w.absmax, w.absmax) if not w.nested else (w.code2, w.absmax2, w.offset)
     _nf4_dequant_kernel[(rows * chunks,)](
-        data, w.absmax, code_on(device), *statistics, out, columns, chunks, out.stride(0),
+        _words(w.bytes_()), w.absmax, code_on(out.device), *statistics, out, columns, chunks, out.stride(0),
         (w.blocksize // GRANULE).bit_length() - 1, w.blocksize2.bit_length() - 1,
         NESTED=w.nested, **BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _words(data: Tensor) -> Tensor:
+    """Bytes as int32 words of whole granules; copied only where the size or the address is odd."""
+    missing = -len(data) % (GRANULE // 2)
+    if missing:
+        data = torch.nn.functional.pad(data, (0, missing))
+    elif data.data_ptr() % 4:
+        data = data.clone()
+    return data.view(torch.int32)
 
 
 def _native(w: Nf4Weight, out: Tensor) -> None:
@@ -190,23 +198,20 @@ def _native(w: Nf4Weight, out: Tensor) -> None:
 
 
 def _torch(w: Nf4Weight, out: Tensor) -> None:
-    """A few rows at a time, as many as start at a whole block; the pairs of all bytes come from a table."""
+    """A few rows at a time, as many as start at a whole block; both values of a byte come from a table as one word."""
     n, k = w.shape
-    data, scales, pairs = w.bytes_(), w.scales(), _pairs_on(out.device)
+    data, scales, pairs = w.bytes_(), w.scales(), _pairs_on(out.device).view(torch.int64).view(-1)
     period = 2 * w.blocksize // math.gcd(k, 2 * w.blocksize)
-    step = period * max(1, CHUNK // (period * k))
+    step = min(period * max(1, CHUNK // (period * k)), n)
+    buffer = torch.zeros(-(-step * k // w.blocksize) * w.blocksize, device=out.device)
     for row in range(0, n, step):
         rows = min(step, n - row)
         first, count = row * k, rows * k
-        blocks = -(-count // w.blocksize)
-        half = data[first // 2 : (first + count + 1) // 2]
-        values = (
-            pairs.new_zeros(blocks * w.blocksize // 2, 2) if count % w.blocksize else pairs.new_empty(count // 2, 2)
-        )
-        torch.index_select(pairs, 0, half.int(), out=values[: len(half)])
-        start = first // w.blocksize
-        values.view(blocks, w.blocksize).mul_(scales[start : start + blocks, None])
-        out[row : row + rows].copy_(values.view(-1)[:count].view(rows, k))
+        half = data[first // 2 : (first + count + 1) // 2].int()
+        torch.index_select(pairs, 0, half, out=buffer.view(torch.int64)[: len(half)])
+        start, blocks = first // w.blocksize, -(-count // w.blocksize)
+        buffer.view(-1, w.blocksize)[:blocks].mul_(scales[start : start + blocks, None])
+        out[row : row + rows].copy_(buffer[:count].view(rows, k))
 
 
 @torch.no_grad()
@@ -284,7 +289,7 @@ def _num_bytes(case: Case) -> float:
 
 
 _SIGNATURE = {
-    "packed_ptr": "*u8", "code_ptr": "*fp32", "code2_ptr": "*fp32", "absmax2_ptr": "*fp32", "offset_ptr": "*fp32",
+    "packed_ptr": "*i32", "code_ptr": "*fp32", "code2_ptr": "*fp32", "absmax2_ptr": "*fp32", "offset_ptr": "*fp32",
     "out_ptr": "*bf16", "C": "i32", "chunks": "i32", "stride": "i32", "shift": "i32", "shift2": "i32",
 }  # fmt: skip
 OP = Op(
