@@ -1,6 +1,8 @@
 """All operations, by name: one line for each."""
 
 from .dropout import OP as DROPOUT
+from .glu import OP as GLU
+from .linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 from .lora_linear import OP as LORA_LINEAR
 from .nf4_dequant import OP as NF4_DEQUANT
 from .op import Op
@@ -9,6 +11,8 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         DROPOUT,
+        GLU,
+        LINEAR_CROSS_ENTROPY,
         LORA_LINEAR,
         NF4_DEQUANT,
     )
