@@ -5,6 +5,7 @@ from .glu import OP as GLU
 from .linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 from .lora_linear import OP as LORA_LINEAR
 from .nf4_dequant import OP as NF4_DEQUANT
+from .nf4_quantize import OP as NF4_QUANTIZE
 from .op import Op
 
 OPS: dict[str, Op] = {
@@ -15,5 +16,6 @@ OPS: dict[str, Op] = {
         LINEAR_CROSS_ENTROPY,
         LORA_LINEAR,
         NF4_DEQUANT,
+        NF4_QUANTIZE,
     )
 }

@@ -79,3 +79,40 @@ EXPORT(nf4_dequant,
        (const uint8_t* packed, const void* absmax, const float* code2, const float* absmax2, const float* offset, T* out,
         i64 total, i64 columns, i64 stride, i64 blocksize, i64 blocksize2),
        (packed, Scales{absmax, code2, absmax2, offset, blocksize2}, out, total, columns, stride, blocksize))
+
+// The codes of n (even) scaled values as n / 2 bytes: a code is the number of boundaries below the value.
+static inline void pack(const float* values, const float* boundaries, int n, uint8_t* packed) {
+    uint8_t codes[4096];
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        int code = 0;
+        for (int j = 0; j < 15; j++) code += values[i] > boundaries[j];
+        codes[i] = (uint8_t)code;
+    }
+#pragma omp simd
+    for (int i = 0; i < n / 2; i++) packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+}
+
+// Full blocks only. absmax is raised to 1e-38 before its reciprocal is taken.
+template <class T>
+static void nf4_quantize_impl(const T* w, const float* boundaries, uint8_t* packed, float* absmax, i64 blocks, i64 blocksize) {
+#pragma omp parallel for schedule(static)
+    for (i64 block = 0; block < blocks; block++) {
+        const T* in = w + block * blocksize;
+        float values[4096], largest = 0.f;
+#pragma omp simd reduction(max : largest)
+        for (i64 i = 0; i < blocksize; i++) {
+            float x = to_float(in[i]);
+            float magnitude = std::fabs(x);
+            largest = magnitude > largest ? magnitude : largest;
+            values[i] = x;
+        }
+        absmax[block] = largest;
+        float inverse = 1.f / (largest > 1e-38f ? largest : 1e-38f);
+#pragma omp simd
+        for (i64 i = 0; i < blocksize; i++) values[i] *= inverse;
+        pack(values, boundaries, (int)blocksize, packed + block * blocksize / 2);
+    }
+}
+EXPORT(nf4_quantize, (const T* w, const float* boundaries, uint8_t* packed, float* absmax, i64 blocks, i64 blocksize),
+       (w, boundaries, packed, absmax, blocks, blocksize))
