@@ -182,7 +182,7 @@ def _configs(*blocks: tuple[int, int, int, int]) -> tuple[Config, ...]:
     )
 
 
-FORWARD = _configs((8, 256, 0, 4), (32, 64, 16, 8), (32, 64, 64, 8), (32, 32, 256, 8))
+FORWARD = _configs((8, 256, 0, 4), (16, 128, 16, 8), (32, 64, 64, 8), (32, 32, 256, 8))
 BACKWARD = _configs((8, 256, 0, 4), (32, 64, 16, 8), (32, 32, 64, 8), (32, 32, 256, 8))
 NUM_PROGRAMS = 264
 """Programs that keep a large GPU busy: the rows or columns of one block are split until there are as many."""
