@@ -1,5 +1,6 @@
 """All operations, by name: one line for each."""
 
+from .attention import OP as ATTENTION
 from .dropout import OP as DROPOUT
 from .glu import OP as GLU
 from .linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
@@ -11,6 +12,7 @@ from .op import Op
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
+        ATTENTION,
         DROPOUT,
         GLU,
         LINEAR_CROSS_ENTROPY,
