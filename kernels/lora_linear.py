@@ -8,17 +8,18 @@ W is dense or NF4 and gets no gradient. Saved for backward: x (shared) and S [M,
 computed it. Shape letters: M rows, K inputs, N_j outputs (N together), r_j ranks (R together). Masks: see `shrink`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import lora_cpu
 from .columns import are_adjacent, joined
 from .nf4_dequant import Nf4Weight, nf4_dequant
 from .op import Backend, Case, Op, backend_of, random_normal
-from .shrink import MAX_LANES, draw_seed, drop, keep_mask, keep_scale, rank_slices
+from .shrink import MAX_LANES, draw_seed, drop, rank_slices
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,15 @@ class _Call:
     ranks: tuple[slice, ...]
     columns: tuple[slice, ...]
     backend: Backend
-    shape: torch.Size
+
+    @property
+    def scales(self) -> list[float]:
+        return [part.scale for part in self.projections]
+
+    def groups(self) -> Iterator[tuple[slice, int]]:
+        """The projections that share a hash, and their seed."""
+        for start in range(0, len(self.projections), MAX_LANES):
+            yield slice(start, start + MAX_LANES), lane_of(start, self.seed)[0]
 
 
 def _grad_dtype(parameter: Tensor) -> torch.dtype:
@@ -104,11 +113,12 @@ class _LoraLinear(torch.autograd.Function):
         count = len(call.projections)
         a, b, bias = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
         y = _base(x, call, bias)
-        shrunk = _shrink(x, a, call) if s is None else s
-        for part, columns, ranks in zip(b, call.columns, call.ranks, strict=True):
-            y[:, columns].addmm_(shrunk[:, ranks], part.to(x.dtype).t())
+        low = _shrink(x, a, call) if s is None else s
+        lora_cpu.expand(
+            y, low, [_like(part, x) for part in b], columns=call.columns, ranks=call.ranks, backend=call.backend
+        )
         ctx.call, ctx.has_s = call, s is not None
-        ctx.save_for_backward(None if s is not None else x, shrunk, *a, *b)
+        ctx.save_for_backward(None if s is not None else x, low, *a, *b)
         return y
 
     @staticmethod
@@ -116,36 +126,32 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
         count = len(call.projections)
-        x, shrunk, *parameters = ctx.saved_tensors
+        x, low, *parameters = ctx.saved_tensors
         a, b = parameters[:count], parameters[count:]
         needs = ctx.needs_input_grad
-        needs_a, needs_b = needs[3 : 3 + count], needs[3 + count : 3 + 2 * count]
+        needs_a, needs_b, needs_bias = (needs[3 + i * count : 3 + (i + 1) * count] for i in range(3))
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx = _base_backward(dy, call) if needs[0] else None
-        ds = torch.empty_like(shrunk) if needs[1] or needs[0] or any(needs_a) else None
+        wants_ds = needs[1] if ctx.has_s else needs[0] or any(needs_a)
+        ds = torch.empty_like(low) if wants_ds else None
+        grads_b = lora_cpu.grads_b(
+            dy, low, [_like(part, dy) for part in b], [1.0] * count if ctx.has_s else call.scales,
+            columns=call.columns, ranks=call.ranks, ds=ds, backend=call.backend,
+            dtypes=[_grad_dtype(part) if wanted else None for part, wanted in zip(b, needs_b, strict=True)],
+        )  # fmt: skip
         grads_a: list[Tensor | None] = [None] * count
-        grads_b: list[Tensor | None] = [None] * count
-        for j, part in enumerate(call.projections):
-            dy_j, s_j = dy[:, call.columns[j]], shrunk[:, call.ranks[j]]
-            if needs_b[j]:
-                grads_b[j] = torch.mm(dy_j.t(), s_j).to(_grad_dtype(b[j]))
-            if ds is None:
-                continue
-            ds_j = torch.mm(dy_j, b[j].to(dy.dtype))
-            ds[:, call.ranks[j]] = ds_j
-            if ctx.has_s:
-                continue
-            ds_j.mul_(part.scale)
-            seed, lane = lane_of(j, call.seed)
-            if needs_a[j]:
-                grads_a[j] = torch.mm(ds_j.t(), drop(x, p=call.p, seed=seed, lane=lane)).to(_grad_dtype(a[j]))
-            if dx is not None:
-                _add_masked(dx, ds_j, a[j].to(dy.dtype), call, j)
-        biases = [
-            dy[:, columns].sum(0).to(part.bias.dtype) if part.bias is not None and part.bias.requires_grad else None
-            for part, columns in zip(call.projections, call.columns, strict=True)
+        if not ctx.has_s and ds is not None:
+            grads_a = _grads_a(ds, x, a, dx, call, needs_a)
+        grads_bias = [
+            dy[:, columns].sum(0).to(_grad_dtype(part.bias)) if wanted and part.bias is not None else None
+            for part, columns, wanted in zip(call.projections, call.columns, needs_bias, strict=True)
         ]
-        return dx, ds if ctx.has_s else None, None, *grads_a, *grads_b, *biases
+        return dx, ds if ctx.has_s else None, None, *grads_a, *grads_b, *grads_bias
+
+
+def _like(parameter: Tensor, x: Tensor) -> Tensor:
+    """A or B as the products take it: in the dtype of x, contiguous."""
+    return parameter.detach().to(x.dtype).contiguous()
 
 
 def _base(x: Tensor, call: _Call, bias: Sequence[Tensor | None]) -> Tensor:
@@ -171,21 +177,26 @@ def _base_backward(dy: Tensor, call: _Call) -> Tensor:
 def _shrink(x: Tensor, a: Sequence[Tensor], call: _Call) -> Tensor:
     """S [M, R]."""
     s = x.new_empty(x.shape[0], call.ranks[-1].stop)
-    for j, (part, ranks) in enumerate(zip(a, call.ranks, strict=True)):
-        seed, lane = lane_of(j, call.seed)
-        dropped = drop(x, p=call.p, seed=seed, lane=lane)
-        torch.mm(dropped, part.to(x.dtype).t(), out=s[:, ranks]).mul_(call.projections[j].scale)
+    for group, seed in call.groups():
+        lora_cpu.shrink(
+            x, [_like(part, x) for part in a[group]], call.scales[group],
+            out=s, ranks=call.ranks[group], p=call.p, seed=seed, backend=call.backend,
+        )  # fmt: skip
     return s
 
 
-def _add_masked(dx: Tensor, ds: Tensor, a: Tensor, call: _Call, j: int) -> None:
-    """dx += mask_j∘(ds a) * keep_scale."""
-    if call.p == 0:
-        dx.addmm_(ds, a)
-        return
-    seed, lane = lane_of(j, call.seed)
-    mask = keep_mask(*dx.shape, p=call.p, seed=seed, lane=lane, device=dx.device)
-    dx += torch.mm(ds, a).mul_(keep_scale(call.p)).masked_fill_(~mask, 0)
+def _grads_a(
+    ds: Tensor, x: Tensor, a: Sequence[Tensor], dx: Tensor | None, call: _Call, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """dA of every projection; adds their part to dx."""
+    grads: list[Tensor | None] = []
+    for group, seed in call.groups():
+        grads += lora_cpu.grads_a(
+            ds, x, [_like(part, x) for part in a[group]],
+            dx=dx, ranks=call.ranks[group], p=call.p, seed=seed, backend=call.backend,
+            dtypes=[_grad_dtype(part) if want else None for part, want in zip(a[group], wanted[group], strict=True)],
+        )  # fmt: skip
+    return grads
 
 
 def _check(x: Tensor, projections: Sequence[Projection], s: Tensor | None) -> None:
@@ -231,7 +242,6 @@ def lora_linear(
         ranks=tuple(rank_slices([part.a for part in projections])),
         columns=tuple(columns),
         backend=backend_of(flat),
-        shape=x.shape,
     )
     parameters = [*(q.a for q in projections), *(q.b for q in projections), *(q.bias for q in projections)]
     with torch.autocast(device, enabled=False):
