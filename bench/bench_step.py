@@ -34,6 +34,7 @@ class Row:
     check_losses: list[float] = field(default_factory=list)
     warmup_times_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    others_s: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     failure: str | None = None
     void: str | None = None
@@ -105,14 +106,13 @@ def compare_losses(found: Measurement) -> None:
     for row in found.rows.values():
         if row.failure is not None:
             continue
-        worst = max(
-            (abs(own - other) / abs(other) for own, other in zip(row.check_losses, base.check_losses, strict=True)),
-            default=0.0,
-        )
+        pairs = zip(row.check_losses, base.check_losses, strict=True)
+        differences = [abs(own - other) / abs(other) for own, other in pairs]
         if row.built["num_trained"] != base.built["num_trained"]:
             row.void = f"trains {row.built['num_trained']} weights, {base.mode} {base.built['num_trained']}"
-        elif not worst <= LOSS_TOLERANCE:  # not a number is void as well
-            row.void = f"loss differs from {base.mode} by {worst:.2g}, allowed {LOSS_TOLERANCE:.2g}"
+        elif not all(difference <= LOSS_TOLERANCE for difference in differences):  # nan is not
+            shown = ", ".join(f"{difference:.2g}" for difference in differences)
+            row.void = f"losses differ from {base.mode} by {shown}; allowed is {LOSS_TOLERANCE:.2g}"
 
 
 def time_group(modes: Sequence[str], found: Measurement, *, num_steps: int, num_warmup: int, say: Say) -> None:
@@ -131,13 +131,14 @@ def time_group(modes: Sequence[str], found: Measurement, *, num_steps: int, num_
                 row.failure = str(died)
                 say(f"{mode}: {row.failure}")
         for number in range(num_steps):
-            times = one_round(list(workers), number, workers, found)
+            times = one_round(number, workers, found, say)
             shown = ", ".join(f"{mode} {time_s:.3f} s" for mode, time_s in times.items())
             say(f"round {number + 1} of {num_steps}: {shown}")
 
 
-def one_round(modes: list[str], number: int, workers: dict[str, Worker], found: Measurement) -> dict[str, float]:
+def one_round(number: int, workers: dict[str, Worker], found: Measurement, say: Say) -> dict[str, float]:
     """One step of each, starting with another mode every time. A mode that dies is dropped."""
+    modes = list(workers)
     first = number % max(1, len(modes))
     times: dict[str, float] = {}
     for mode in modes[first:] + modes[:first]:
@@ -146,10 +147,12 @@ def one_round(modes: list[str], number: int, workers: dict[str, Worker], found: 
             answer = workers[mode].step()
         except WorkerDied as died:
             row.failure = str(died)
+            say(f"{mode}: {row.failure}")
             del workers[mode]
             continue
         times[mode] = answer["time_s"]
         row.losses.append(answer["loss"])
+        row.others_s.append(answer["others_s"])
         row.peak_bytes = max(row.peak_bytes, answer["peak_bytes"])
     found.rounds.append(times)
     return {mode: times[mode] for mode in modes if mode in times}
@@ -164,9 +167,17 @@ def summarise(found: Measurement) -> dict[str, Any]:
         "loss_tolerance": LOSS_TOLERANCE,
         "num_check_steps": NUM_CHECK_STEPS,
         "is_interrupted": found.is_interrupted,
+        "others_cores": others_cores(found),
         "rounds": found.rounds,
         "rows": [summarise_row(row, found) for row in found.rows.values()],
     }
+
+
+def others_cores(found: Measurement) -> float:
+    """Cores that other processes used while the steps were timed, on average."""
+    measured = sum(time_s for times in found.rounds for time_s in times.values())
+    others = sum(sum(row.others_s) for row in found.rows.values())
+    return max(0.0, others / measured) if measured else 0.0
 
 
 def summarise_row(row: Row, found: Measurement) -> dict[str, Any]:
@@ -181,6 +192,7 @@ def summarise_row(row: Row, found: Measurement) -> dict[str, Any]:
         "check_losses": row.check_losses,
         "losses": row.losses,
         "warmup_times_s": row.warmup_times_s,
+        "others_s": row.others_s,
         "times_s": times,
         "peak_bytes": row.peak_bytes,
         **row.built,

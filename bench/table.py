@@ -5,6 +5,9 @@ from typing import Any
 
 from ..harness.markup import size
 
+BUSY = 0.1
+"""Cores that others may use before the table warns."""
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns: the first to the left, the others to the right."""
@@ -48,6 +51,11 @@ def step_table(result: dict[str, Any]) -> str:
         f"{work['num_threads']} threads of {machine['cpu']}; peak: resident memory while training, "
         "floor: before the model is loaded"
     )
+    if result["others_cores"] > BUSY:
+        notes.append(
+            f"other processes used {result['others_cores']:.2f} cores meanwhile: "
+            "the times are too long and the ratios uncertain"
+        )
     if result["is_interrupted"]:
         notes.append("interrupted: fewer steps than asked for")
     return "\n".join([aligned(rows), "", *notes])

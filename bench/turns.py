@@ -5,6 +5,7 @@ Answers: what `Turns.ready` and `Turns.end` write.
 """
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STAT, STATUS, CLEAR_REFS = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What resets VmHWM to the present size, proc_pid_clear_refs(5)."""
 
@@ -29,7 +30,7 @@ class Turns:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.floor_bytes = 0
         self.num_begun = 0
-        self.start_s = 0.0
+        self.start_s = self.start_others_s = 0.0
         self.profiler: torch.profiler.profile | None = None
         self.num_rows = 0
 
@@ -55,6 +56,7 @@ class Turns:
             self.profiler = torch.profiler.profile(record_shapes=True)
             self.profiler.start()
         self.num_begun += 1
+        self.start_others_s = others_s()
         self.start_s = time.perf_counter()
         return self.num_begun - 1
 
@@ -63,7 +65,12 @@ class Turns:
         if self.device == "cuda":
             torch.cuda.synchronize()
         time_s = time.perf_counter() - self.start_s
-        answer: dict[str, Any] = {"time_s": time_s, "loss": loss, "peak_bytes": memory("VmHWM", self.device)}
+        answer: dict[str, Any] = {
+            "time_s": time_s,
+            "others_s": others_s() - self.start_others_s,
+            "loss": loss,
+            "peak_bytes": memory("VmHWM", self.device),
+        }
         if self.profiler is not None:
             self.profiler.stop()
             answer["profile"] = profile_tables(self.profiler, self.num_rows)
@@ -88,6 +95,14 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
+
+
+def others_s() -> float:
+    """Seconds that the machine's cores have worked for other processes, or for other machines on the same host."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(
+        int, STAT.read_text(encoding="ascii").split("\n")[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def profile_tables(profiler: torch.profiler.profile, num_rows: int) -> str:

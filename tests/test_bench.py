@@ -1,0 +1,187 @@
+"""The benchmarks: two modes side by side end to end, rows that are void, figures, mistakes."""
+
+import json
+
+import pytest
+import tiny
+from burnish.bench import bench_step, stats
+from burnish.bench.bench_step import Measurement, Row, compare_losses, groups, measure, summarise
+from burnish.bench.modes import MODES
+from burnish.bench.pool import WorkerDied
+from burnish.bench.table import step_table
+from burnish.bench.workload import Workload
+from burnish.launch.cli import main
+
+MEBIBYTE = 2**20
+
+
+def run_main(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_two_modes_end_to_end(capsys, tmp_path):
+    """Fresh processes, the check of the losses, steps in turn, the table, and everything in the JSON file."""
+    model, out = tiny.save_model(tmp_path / "model"), tmp_path / "result.json"
+    capsys.readouterr()
+    options = ["--modes", "peft-bf16,burnish", "--batch", "2x32", "--steps", "3", "--threads", "1"]
+    code, text, err = run_main(capsys, "bench", "step", "--model", model, *options, "--out", out)
+    assert (code, err) == (0, "")
+    assert "tokens/s" in text
+    assert "void" not in text
+
+    result = json.loads(out.read_text())
+    assert result["baseline"] == "peft-bf16"
+    assert len(result["rounds"]) == 3
+    assert {"time", "command", "environment", "config", "workload", "loss_tolerance", "num_warmup"} <= result.keys()
+    assert {"cpu", "num_cpus", "libraries", "git_commit"} <= result["environment"].keys()
+    assert result["workload"]["num_threads"] == 1
+    assert result["config"]["adapter"] | {"rank": 16, "alpha": 32.0, "dropout": 0.05} == result["config"]["adapter"]
+    assert [row["mode"] for row in result["rows"]] == ["peft-bf16", "burnish"]
+    for row in result["rows"]:
+        assert row["state"] == "ok"
+        assert len(row["times_s"]) == len(row["losses"]) == 3
+        assert len(row["warmup_times_s"]) == result["num_warmup"]
+        assert row["check_losses"][0] > row["check_losses"][-1]
+        assert row["peak_bytes"] > row["floor_bytes"] > MEBIBYTE
+        assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
+        assert len(row["ratio"]["samples"]) == 3
+
+
+class FakeWorker:
+    """Answers from a list instead of a process."""
+
+    def __init__(self, losses, time_s, *, num_trained=10, dies_at=None):
+        self.built = {"num_trained": num_trained, "floor_bytes": 1, "loaded_bytes": 2, "device": "cpu"}
+        self.losses, self.time_s, self.dies_at, self.count = losses, time_s, dies_at, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def step(self):
+        if self.count == self.dies_at:
+            raise WorkerDied("no memory")
+        self.count += 1
+        loss = self.losses[(self.count - 1) % len(self.losses)]
+        return {"time_s": self.time_s, "others_s": 0.3, "loss": loss, "peak_bytes": MEBIBYTE}
+
+
+GOOD = [3.0, 2.9, 2.8]
+
+
+def fake(monkeypatch, **workers):
+    """Runs `measure` with these instead of processes: mode -> arguments of FakeWorker."""
+    names = {name.replace("_", "-"): arguments for name, arguments in workers.items()}
+    monkeypatch.setattr(bench_step, "open_worker", lambda mode, _workload: FakeWorker(**names[mode]))
+    lines = []
+    found = measure(list(names), Workload(), baseline="peft", num_steps=4, num_warmup=1, say=lines.append)
+    return summarise(found) | {"environment": {"cpu": "a processor"}}, lines
+
+
+def rows_of(result):
+    return {row["mode"]: row for row in result["rows"]}
+
+
+def test_a_mode_with_another_loss_is_void_and_gets_no_ratio(monkeypatch):
+    other = [3.0, 2.9, 2.8 * 1.01]
+    result, _ = fake(
+        monkeypatch,
+        peft={"losses": GOOD, "time_s": 2.0},
+        burnish={"losses": other, "time_s": 0.1},
+        peft_bf16={"losses": [3.0, 2.9, 2.801], "time_s": 1.0},
+    )
+    rows = rows_of(result)
+    assert rows["burnish"]["state"] == "void"
+    assert "ratio" not in rows["burnish"]
+    assert "tokens_per_s" not in rows["burnish"]
+    assert rows["peft-bf16"]["ratio"]["median"] == 2.0
+    line = next(line for line in step_table(result).splitlines() if line.startswith("burnish "))
+    assert line.split() == ["burnish", "void"]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_void(loss):
+    found = Measurement(Workload(), "peft", {"peft": Row("peft"), "sft": Row("sft")})
+    for row, losses in zip(found.rows.values(), (GOOD, [3.0, loss, 2.8]), strict=True):
+        row.built, row.check_losses = {"num_trained": 1}, losses
+    compare_losses(found)
+    assert found.rows["sft"].void is not None
+
+
+def test_a_mode_that_trains_fewer_weights_is_void(monkeypatch):
+    result, _ = fake(
+        monkeypatch,
+        peft={"losses": GOOD, "time_s": 2.0},
+        burnish={"losses": GOOD, "time_s": 1.0, "num_trained": 9},
+    )
+    assert rows_of(result)["burnish"]["state"] == "void"
+
+
+def test_a_mode_that_dies_leaves_the_others_their_rows(monkeypatch):
+    result, lines = fake(
+        monkeypatch,
+        peft={"losses": GOOD, "time_s": 2.0},
+        sft={"losses": GOOD, "time_s": 3.0, "dies_at": 3},
+        burnish={"losses": GOOD, "time_s": 1.0},
+    )
+    rows = rows_of(result)
+    assert (rows["sft"]["state"], rows["sft"]["reason"]) == ("failed", "no memory")
+    assert rows["burnish"]["ratio"]["median"] == 2.0
+    assert "sft: no memory" in lines
+    assert "sft is failed: no memory" in step_table(result)
+
+
+def test_a_busy_machine_is_told(monkeypatch):
+    result, _ = fake(monkeypatch, peft={"losses": GOOD, "time_s": 2.0}, burnish={"losses": GOOD, "time_s": 1.0})
+    assert result["others_cores"] == pytest.approx(0.3 * 2 / 3.0)
+    assert "other processes used 0.20 cores" in step_table(result)
+
+
+def test_a_broken_baseline_leaves_no_ratio(monkeypatch):
+    result, _ = fake(
+        monkeypatch,
+        peft={"losses": GOOD, "time_s": 2.0, "dies_at": 0},
+        burnish={"losses": GOOD, "time_s": 1.0},
+    )
+    row = rows_of(result)["burnish"]
+    assert row["tokens_per_s"] == 1024
+    assert "ratio" not in row
+    step_table(result)
+
+
+def test_more_modes_than_memory_holds_run_in_groups_with_baseline_and_burnish():
+    found = groups(list(MODES), "peft")
+    assert all(len(group) <= bench_step.MAX_ALIVE and {"peft", "burnish"} <= set(group) for group in found)
+    assert {mode for group in found for mode in group} == set(MODES)
+    assert groups(["peft", "burnish"], "peft") == [["peft", "burnish"]]
+
+
+def test_quartiles_and_paired_ratios():
+    assert stats.quantiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0}
+    assert stats.quantiles([7.0]) == {"q1": 7.0, "median": 7.0, "q3": 7.0}
+    assert stats.paired_ratios([2.0, 8.0, 30.0], [1.0, 2.0, 3.0])["median"] == 4.0
+
+
+MISTAKES = {
+    "mode": (["step", "--modes", "peft,pfet"], "'pfet' is no mode"),
+    "profile": (["step", "--profile", "nothing"], "'nothing' is no mode"),
+    "baseline": (["step", "--modes", "peft", "--baseline", "sft"], "not among the modes"),
+    "batch": (["step", "--batch", "4*256"], "sequences x tokens"),
+    "steps": (["step", "--steps", "0"], "at least 1"),
+    "threads": (["step", "--threads", "0"], "at least 1"),
+    "out": (["step", "--out", "no/such/folder/x.json"], "no such folder"),
+    "what": (["everything"], "step"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_2(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    arguments, words = MISTAKES[name]
+    code, out, err = run_main(capsys, "bench", *arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
