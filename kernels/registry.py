@@ -8,6 +8,7 @@ from .lora_linear import OP as LORA_LINEAR
 from .nf4_dequant import OP as NF4_DEQUANT
 from .nf4_quantize import OP as NF4_QUANTIZE
 from .op import Op
+from .rope import OP as ROPE
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -19,5 +20,6 @@ OPS: dict[str, Op] = {
         LORA_LINEAR,
         NF4_DEQUANT,
         NF4_QUANTIZE,
+        ROPE,
     )
 }
