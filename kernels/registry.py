@@ -1,10 +1,13 @@
 """All operations, by name: one line for each."""
 
 from .attention import OP as ATTENTION
+from .dora import OP as DORA
+from .dora_norm import OP as DORA_NORM
 from .dropout import OP as DROPOUT
 from .glu import OP as GLU
 from .linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
 from .lora_linear import OP as LORA_LINEAR
+from .multi_lora import OP as MULTI_LORA
 from .nf4_dequant import OP as NF4_DEQUANT
 from .nf4_quantize import OP as NF4_QUANTIZE
 from .op import Op
@@ -14,10 +17,13 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         ATTENTION,
+        DORA,
+        DORA_NORM,
         DROPOUT,
         GLU,
         LINEAR_CROSS_ENTROPY,
         LORA_LINEAR,
+        MULTI_LORA,
         NF4_DEQUANT,
         NF4_QUANTIZE,
         ROPE,
