@@ -162,7 +162,6 @@ def summarise(found: Measurement) -> dict[str, Any]:
     """The measurement as JSON, with the raw samples."""
     return {
         "benchmark": "step",
-        "workload": found.workload.to_dict(),
         "baseline": found.baseline,
         "loss_tolerance": LOSS_TOLERANCE,
         "num_check_steps": NUM_CHECK_STEPS,

@@ -59,3 +59,34 @@ def step_table(result: dict[str, Any]) -> str:
     if result["is_interrupted"]:
         notes.append("interrupted: fewer steps than asked for")
     return "\n".join([aligned(rows), "", *notes])
+
+
+def kernel_table(result: dict[str, Any]) -> str:
+    """The rows of a kernel benchmark, and how they were measured."""
+    head = ("operation", "ms", "quartiles", "x reference", "x compiled", "of peak", "saved", "reference saves")
+    rows, notes = [head], []
+    for row in result["rows"]:
+        name = f"{row['op']} {row['case']}"
+        if row["state"] != "ok":
+            rows.append((name, row["state"], *[""] * 6))
+            notes.append(f"{name} is {row['state']}: {row['reason']}")
+            continue
+        time_s, ratio, share = row["time_s"]["burnish"], row["ratio"], row["share_of_peak"]
+        rows.append(
+            (
+                name,
+                f"{1000 * time_s['median']:.3f}",
+                f"{1000 * time_s['q1']:.3f}-{1000 * time_s['q3']:.3f}",
+                f"{ratio['reference']['median']:.2f}",
+                f"{ratio['compiled']['median']:.2f}" if "compiled" in ratio else "-",
+                f"{100 * share:.0f}%" if share is not None else "-",
+                size(row["saved_bytes"]["burnish"]),
+                size(row["saved_bytes"]["reference"]),
+            )
+        )
+    peaks = "; ".join(
+        f"{name} {peak['flops_per_s'] / 1e9:.0f} GFLOP/s, {peak['bytes_per_s'] / 1e9:.0f} GB/s"
+        for name, peak in result["peaks"].items()
+    )
+    notes.append(f"forward and backward, {result['num_rounds']} times in turn, cold caches; peaks measured: {peaks}")
+    return "\n".join([aligned(rows), "", *notes])

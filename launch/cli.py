@@ -79,14 +79,16 @@ def _config_verb(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("step",), help="step: whole training steps, side by side with others' ways")
-    parser.add_argument("--modes", metavar="A,B,...", help="default: PEFT in three ways, TRL, burnish")
-    parser.add_argument("--baseline", metavar="MODE", help="mode that the others are compared with; default: peft")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps of each mode; default: 5")
-    parser.add_argument("--batch", default="4x256", metavar="BxT", help="sequences x tokens; default: 4x256")
-    parser.add_argument("--model", metavar="PATH", help="as model.path of a config; default: SmolLM2-135M")
+    parser.add_argument("what", choices=("step", "kernels"), help="whole training steps, or every fused operation")
+    parser.add_argument("--modes", metavar="A,B,...", help="step: default PEFT in three ways, TRL, burnish")
+    parser.add_argument("--baseline", metavar="MODE", help="step: what the others are compared with; default: peft")
+    parser.add_argument("--batch", metavar="BxT", help="step: sequences x tokens; default: 4x256")
+    parser.add_argument("--model", metavar="PATH", help="step: as model.path of a config; default: SmolLM2-135M")
+    parser.add_argument("--profile", metavar="MODE", help="step: instead, where the time of one step of this mode goes")
+    parser.add_argument("--ops", metavar="A,B,...", help="kernels: default all operations")
+    parser.add_argument("--quick", action="store_true", help="kernels: not against torch.compile")
+    parser.add_argument("--steps", type=int, metavar="N", help="measured steps or calls; default: 5 steps, 20 calls")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")
-    parser.add_argument("--profile", metavar="MODE", help="instead: where the time of one step of this mode goes")
     parser.add_argument("--out", metavar="FILE", help="write the result with its raw samples, as JSON")
 
 
@@ -100,7 +102,7 @@ VERBS = {
     "report": Verb("write report.html and summary.json of a run", _run),
     "doctor": Verb("what is installed, what is missing and what that switches off", _doctor),
     "config": Verb("show a resolved config, or the schema", _config_verb),
-    "bench": Verb("measure speed and memory on this machine, next to PEFT and TRL", _bench),
+    "bench": Verb("measure speed and memory here, next to PEFT, TRL and plain PyTorch", _bench),
 }
 
 

@@ -78,7 +78,7 @@ def fake(monkeypatch, **workers):
     monkeypatch.setattr(bench_step, "open_worker", lambda mode, _workload: FakeWorker(**names[mode]))
     lines = []
     found = measure(list(names), Workload(), baseline="peft", num_steps=4, num_warmup=1, say=lines.append)
-    return summarise(found) | {"environment": {"cpu": "a processor"}}, lines
+    return summarise(found) | {"environment": {"cpu": "a processor"}, "workload": Workload().to_dict()}, lines
 
 
 def rows_of(result):
@@ -174,6 +174,9 @@ MISTAKES = {
     "threads": (["step", "--threads", "0"], "at least 1"),
     "out": (["step", "--out", "no/such/folder/x.json"], "no such folder"),
     "what": (["everything"], "step"),
+    "operation": (["kernels", "--ops", "dropuot"], "'dropuot' is no operation"),
+    "option of another": (["kernels", "--modes", "peft"], "--modes is an option of burnish bench step"),
+    "another's option": (["step", "--quick"], "--quick is an option of burnish bench kernels"),
 }
 
 
