@@ -70,7 +70,7 @@ class _Norm(torch.autograd.Function):
         y, h = y.view(x.shape), None if residual is None else saved.h.view(x.shape)
         needs_h, needs_y = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[:4])
         ctx.mark_non_differentiable(*([] if needs_y else [y]), *([] if needs_h or h is None else [h]))
-        ctx.save_for_backward(saved.h if h is None else h, saved.rstd, saved.mean, weight, bias, s, *a)
+        ctx.save_for_backward(x if h is None else h, saved.rstd, saved.mean, weight, bias, s, *a)
         return y, h, s
 
     @staticmethod
