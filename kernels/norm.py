@@ -67,7 +67,9 @@ class _Norm(torch.autograd.Function):
             rows, backend=call.backend, norm=call.norm, residual=_rows(residual), weight=weight, bias=bias,
             lanes=call.lanes(a, x.dtype),
         )  # fmt: skip
-        y, h = y.view(x.shape), None if residual is None else saved.h.view(x.shape)
+        # Not marked as views: rope rotates a normed query in place.
+        y = torch.ops.aten._unsafe_view(y, x.shape)
+        h = None if residual is None else torch.ops.aten._unsafe_view(saved.h, x.shape)
         needs_h, needs_y = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[:4])
         ctx.mark_non_differentiable(*([] if needs_y else [y]), *([] if needs_h or h is None else [h]))
         ctx.save_for_backward(x if h is None else h, saved.rstd, saved.mean, weight, bias, s, *a)
