@@ -73,7 +73,7 @@ def _dropped(x: Tensor, count: int, *, p: float, seed: int, backend: Backend) ->
     M, K = x.shape
     if p == 0:
         return [x] * count
-    copies = scratch("dropped", (count, M, K), x.dtype)
+    copies = scratch("dropped", (count, M, K), x.dtype, x.device)
     if backend == "native":
         native.call("lora_drop", x.dtype, x, x.stride(0), copies, count, M, K, seed, threshold(p), keep_scale(p))
         return copies.unbind()
@@ -201,7 +201,7 @@ def _add_expanded(
         for part, own in zip(a, ranks, strict=True):
             dx.addmm_(ds[:, own], part)
         return
-    terms = scratch("dropped", (len(a), M, K), dx.dtype)
+    terms = scratch("dropped", (len(a), M, K), dx.dtype, dx.device)
     for part, own, term in zip(a, ranks, terms.unbind(), strict=True):
         torch.mm(ds[:, own], part, out=term)
     if backend == "native":

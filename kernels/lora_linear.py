@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora_cpu
+from . import lora_cpu, lora_gemm, lora_grads
 from .columns import are_adjacent, joined
 from .nf4_dequant import Nf4Weight, nf4_dequant
 from .op import Backend, Case, Op, backend_of, random_normal
@@ -114,9 +114,7 @@ class _LoraLinear(torch.autograd.Function):
         a, b, bias = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
         y = _base(x, call, bias)
         low = _shrink(x, a, call) if s is None else s
-        lora_cpu.expand(
-            y, low, [_like(part, x) for part in b], columns=call.columns, ranks=call.ranks, backend=call.backend
-        )
+        _expand(y, low, [_like(part, x) for part in b], call)
         ctx.call, ctx.has_s = call, s is not None
         ctx.save_for_backward(None if s is not None else x, low, *a, *b)
         return y
@@ -134,7 +132,7 @@ class _LoraLinear(torch.autograd.Function):
         dx = _base_backward(dy, call) if needs[0] else None
         wants_ds = needs[1] if ctx.has_s else needs[0] or any(needs_a)
         ds = torch.empty_like(low) if wants_ds else None
-        grads_b = lora_cpu.grads_b(
+        grads_b = lora_grads.grads_b(
             dy, low, [_like(part, dy) for part in b], [1.0] * count if ctx.has_s else call.scales,
             columns=call.columns, ranks=call.ranks, ds=ds, backend=call.backend,
             dtypes=[_grad_dtype(part) if wanted else None for part, wanted in zip(b, needs_b, strict=True)],
@@ -178,11 +176,21 @@ def _shrink(x: Tensor, a: Sequence[Tensor], call: _Call) -> Tensor:
     """S [M, R]."""
     s = x.new_empty(x.shape[0], call.ranks[-1].stop)
     for group, seed in call.groups():
-        lora_cpu.shrink(
-            x, [_like(part, x) for part in a[group]], call.scales[group],
-            out=s, ranks=call.ranks[group], p=call.p, seed=seed, backend=call.backend,
-        )  # fmt: skip
+        parts, scales, ranks = [_like(part, x) for part in a[group]], call.scales[group], call.ranks[group]
+        if call.backend == "triton":
+            lora_gemm.shrink(x, parts, scales, out=s, ranks=ranks, p=call.p, seed=seed)
+        else:
+            lora_cpu.shrink(x, parts, scales, out=s, ranks=ranks, p=call.p, seed=seed, backend=call.backend)
     return s
+
+
+def _expand(y: Tensor, s: Tensor, b: Sequence[Tensor], call: _Call) -> None:
+    """y_j += S_j B_jᵀ."""
+    if call.backend != "triton":
+        lora_cpu.expand(y, s, b, columns=call.columns, ranks=call.ranks, backend=call.backend)
+        return
+    for part, columns, ranks in zip(b, call.columns, call.ranks, strict=True):
+        lora_gemm.expand(y[:, columns], s, [part], ranks=[ranks], turned=True)
 
 
 def _grads_a(
@@ -191,7 +199,7 @@ def _grads_a(
     """dA of every projection; adds their part to dx."""
     grads: list[Tensor | None] = []
     for group, seed in call.groups():
-        grads += lora_cpu.grads_a(
+        grads += lora_grads.grads_a(
             ds, x, [_like(part, x) for part in a[group]],
             dx=dx, ranks=call.ranks[group], p=call.p, seed=seed, backend=call.backend,
             dtypes=[_grad_dtype(part) if want else None for part, want in zip(a[group], wanted[group], strict=True)],
@@ -290,6 +298,7 @@ OP = Op(
         {"M": 129, "K": 96, "N": (64, 32, 32), "r": 16, "p": 0.05},
         {"M": 65, "K": 96, "N": (64, 32), "r": 24, "p": 0.0, "s": True},
     ),
+    kernels=lora_gemm.KERNELS,
     bench_cases=(
         {"M": 8192, "K": 4096, "N": (4096, 1024, 1024), "r": 16, "p": 0.1},
         {"M": 8192, "K": 4096, "N": (14336, 14336), "r": 16, "p": 0.1},

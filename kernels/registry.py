@@ -7,6 +7,7 @@ from .dropout import OP as DROPOUT
 from .glu import OP as GLU
 from .layer_norm import OP as LAYER_NORM
 from .linear_cross_entropy import OP as LINEAR_CROSS_ENTROPY
+from .lora_grads import OP as LORA_GRADS
 from .lora_linear import OP as LORA_LINEAR
 from .multi_lora import OP as MULTI_LORA
 from .nf4_dequant import OP as NF4_DEQUANT
@@ -25,6 +26,7 @@ OPS: dict[str, Op] = {
         GLU,
         LAYER_NORM,
         LINEAR_CROSS_ENTROPY,
+        LORA_GRADS,
         LORA_LINEAR,
         MULTI_LORA,
         NF4_DEQUANT,
