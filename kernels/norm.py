@@ -32,12 +32,12 @@ class _Call:
     def lanes(self, a: tuple[Tensor, ...], dtype: torch.dtype) -> Lanes | None:
         if not a:
             return None
-        parts = [part.detach().to(dtype) for part in a]
+        parts = tuple(part.detach().to(dtype).contiguous() for part in a)
         columns = tuple(rank_slices(parts))
         masks = columns if self.p else (slice(0, columns[-1].stop),)
-        matrices = [part.contiguous() for part in (parts if self.p else [joined(parts, dim=0)])]
+        matrices = parts if self.p else (joined(parts, dim=0),)
         factors = tuple(scale * keep_scale(self.p) for scale in self.scales)
-        return Lanes(tuple(matrices), masks, columns, factors, self.seed, threshold(self.p))
+        return Lanes(matrices, masks, columns, factors, parts, self.scales, self.p, self.seed, threshold(self.p))
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

@@ -6,7 +6,8 @@ See `norm_passes` for the formulas. Shape letters: M rows, K features, L masks.
 import torch
 from torch import Tensor
 
-from . import native
+from . import lora_cpu, native
+from .lora_cpu import scratch
 from .norm_state import Lanes, Norm, Saved, Sums, total
 from .shrink import LEVELS, MASK32, hash_bits
 
@@ -55,9 +56,45 @@ def backward_native(
     native.call(
         "norm_backward", h.dtype, dy, _stride(dy), dh, _stride(dh), h, h.stride(0), gain, bias, saved.rstd, saved.mean,
         t, t if needs_a else None, dx, None if partial is None else partial[0], None if partial is None else partial[1],
-        *h.shape, saved.norm.rounds_xhat, count, seed, dropped,
+        *h.shape, saved.norm.rounds_xhat, count, seed, dropped, False,
     )  # fmt: skip
     return None if partial is None else total(partial)
+
+
+def shrink_tiles(y: Tensor, lanes: Lanes) -> Tensor:
+    """S [M, R], with the masks made on the way."""
+    s = torch.empty(y.shape[0], lanes.num_ranks, dtype=y.dtype)
+    lora_cpu.shrink(
+        y, lanes.parts, lanes.scales, out=s, ranks=lanes.projections, p=lanes.p, seed=lanes.seed, backend="native"
+    )
+    return s
+
+
+def backward_tiles(
+    saved: Saved, lanes: Lanes, dy: Tensor | None, dh: Tensor | None, ds: Tensor, dx: Tensor | None, needs_a: bool
+) -> Tensor | None:
+    """dx of an RMS norm whose weight is frozen, and dA [R, K], without making y again.
+
+    y = rstd * h * gain, so dA = (rstd * dS)ᵀ (mask∘h) * gain; and rstd * dS expands to the gradient of y times rstd.
+    """
+    h, rstd = saved.h, saved.rstd[:, None]
+    gain, bias = _affine(saved.norm, saved.weight, saved.bias, h)
+    steps = torch.tensor([s for a, s in zip(lanes.parts, lanes.scales, strict=True) for _ in range(a.shape[0])])
+    scaled = (ds * (rstd * steps)).to(h.dtype)
+    grad = None
+    if dx is not None:
+        grad = scratch("norm", h.shape, h.dtype)
+        native.call("norm_scale", h.dtype, dy, _stride(dy), saved.rstd, grad, *h.shape)
+    found = lora_cpu.grads_a(
+        scaled, h, lanes.parts, dx=grad, ranks=lanes.projections, p=lanes.p, seed=lanes.seed, backend="native",
+        dtypes=[torch.float32 if needs_a else None] * len(lanes.parts),
+    )  # fmt: skip
+    if dx is not None:
+        native.call(
+            "norm_backward", h.dtype, grad, h.shape[1], dh, _stride(dh), h, h.stride(0), gain, bias, saved.rstd, None,
+            None, None, dx, None, None, *h.shape, saved.norm.rounds_xhat, 0, 0, 0, True,
+        )  # fmt: skip
+    return torch.cat([da for da in found if da is not None]).mul_(gain) if needs_a else None
 
 
 def _row_blocks(x: Tensor) -> list[slice]:

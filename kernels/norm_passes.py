@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from . import norm_blocks
-from .lora_cpu import scratch
-from .norm_cpu import backward_native, backward_torch, forward_native, forward_torch
+from .lora_cpu import scratch, uses_tiles
+from .norm_cpu import backward_native, backward_tiles, backward_torch, forward_native, forward_torch, shrink_tiles
 from .norm_state import Lanes, Norm, Saved, Sums, total
 from .op import Backend
 
@@ -63,6 +63,9 @@ def forward_pass(
         s = torch.empty(x.shape[0], lanes.num_ranks, dtype=x.dtype, device=x.device)
         _forward_triton(saved, x, residual, y, None, s, fused)
         return y, s, saved
+    if lanes is not None and uses_tiles(x.dtype, backend):
+        forward_native(saved, x, residual, y, None)
+        return y, shrink_tiles(y, lanes), saved
     copies = None
     if lanes is not None and lanes.dropped:
         copies = _room(lanes, x)
@@ -98,6 +101,9 @@ def backward_pass(
         if needs_dx or needs_affine:
             sums = _backward_triton(saved, dy, dh, None, (ds, s), dx, needs_affine, needs_a, fused)
         return Backward(dx, _grad_a_triton(saved, ds, fused) if needs_a else None, *(sums or ()))
+    if lanes is not None and uses_tiles(h.dtype, backend) and not saved.norm.is_centered and not needs_affine:
+        assert ds is not None
+        return Backward(dx, backward_tiles(saved, lanes, dy, dh, ds, dx, needs_a))
     t = scaled = None
     if lanes is not None:
         assert ds is not None

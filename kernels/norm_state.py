@@ -35,6 +35,10 @@ class Lanes:
     """The columns of S of each projection."""
     factors: tuple[float, ...]
     """scale * keep_scale of each projection."""
+    parts: tuple[Tensor, ...]
+    """The matrix of each projection, in y's dtype."""
+    scales: tuple[float, ...]
+    p: float
     seed: int
     dropped: int
 

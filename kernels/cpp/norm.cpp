@@ -150,14 +150,14 @@ static Sums expand_row(const T* dy, Lanes<T> t, Lanes<T> copies, const T* h, flo
     return Sums{sum, product};
 }
 
-// dx = rstd * (gain * grad - mean(gain * grad) - xhat * mean(gain * grad * xhat)) + dh
+// dx = factor * (gain * grad - mean(gain * grad) - xhat * mean(gain * grad * xhat)) + dh
 template <class T>
-static void contract_row(const Row& row, Sums sums, float rstd, const float* gain, const T* dh, T* dx, i64 K) {
+static void contract_row(const Row& row, Sums sums, float factor, const float* gain, const T* dh, T* dx, i64 K) {
     const float *grad = row.grad.data(), *xhat = row.xhat.data();
     float shift = sums.grad / (float)K, slope = sums.product / (float)K;
 #pragma omp simd
     for (i64 k = 0; k < K; k++)
-        dx[k] = from_float<T>(rstd * (grad[k] * gain[k] - shift - xhat[k] * slope) + to_float(dh[k]));
+        dx[k] = from_float<T>(factor * (grad[k] * gain[k] - shift - xhat[k] * slope) + to_float(dh[k]));
 }
 
 template <class T> static void add_row(const Row& row, bool rounds, float* d_gain, float* d_bias, i64 K) {
@@ -173,12 +173,12 @@ template <class T> static void add_row(const Row& row, bool rounds, float* d_gai
     for (i64 k = 0; k < K; k++) d_bias[k] += grad[k];
 }
 
-// t and copies may be the same memory; d_gain and d_bias are partial sums [ceil(M / BLOCK_ROWS), K], zero at the start.
+// With `scaled` dy holds rstd * dy. t and copies may be the same memory; d_gain and d_bias are partial sums [ceil(M / BLOCK_ROWS), K], zero at the start.
 template <class T>
 static void norm_backward_impl(const T* dy, i64 stride_dy, const T* dh, i64 stride_dh, const T* h, i64 stride_h,
                                const float* gain, const float* bias, const float* rstd, const float* mean, T* t, T* copies,
                                T* dx, float* d_gain, float* d_bias, i64 M, i64 K, i64 rounds, i64 lanes, i64 seed,
-                               i64 dropped) {
+                               i64 dropped, i64 scaled) {
     auto expand = rounds ? expand_row<T, 0, false, true> : expand_row<T, 0, false, false>;
     if (lanes == 1 && !dropped) expand = rounds ? expand_row<T, 1, false, true> : expand_row<T, 1, false, false>;
     if (lanes == 1 && dropped) expand = rounds ? expand_row<T, 1, true, true> : expand_row<T, 1, true, false>;
@@ -200,7 +200,8 @@ static void norm_backward_impl(const T* dy, i64 stride_dy, const T* dh, i64 stri
                 if (!mean) sums.grad = 0.f;
                 if (d_gain) add_row<T>(row, rounds, d_gain + block * K, d_bias + block * K, K);
                 if (dx)
-                    contract_row<T>(row, sums, rstd[m], gain, row_of(dh, m, stride_dh, (const T*)zeros.data()), dx + m * K, K);
+                    contract_row<T>(row, sums, scaled ? 1.f : rstd[m], gain, row_of(dh, m, stride_dh, (const T*)zeros.data()),
+                                    dx + m * K, K);
             }
         }
     }
@@ -208,6 +209,19 @@ static void norm_backward_impl(const T* dy, i64 stride_dy, const T* dh, i64 stri
 EXPORT(norm_backward,
        (const T* dy, i64 stride_dy, const T* dh, i64 stride_dh, const T* h, i64 stride_h, const float* gain,
         const float* bias, const float* rstd, const float* mean, T* t, T* copies, T* dx, float* d_gain, float* d_bias,
-        i64 M, i64 K, i64 rounds, i64 lanes, i64 seed, i64 dropped),
+        i64 M, i64 K, i64 rounds, i64 lanes, i64 seed, i64 dropped, i64 scaled),
        (dy, stride_dy, dh, stride_dh, h, stride_h, gain, bias, rstd, mean, t, copies, dx, d_gain, d_bias, M, K, rounds,
-        lanes, seed, dropped))
+        lanes, seed, dropped, scaled))
+
+// out [M, K] = rstd * dy; zero where there is no dy.
+template <class T> static void norm_scale_impl(const T* dy, i64 stride, const float* rstd, T* out, i64 M, i64 K) {
+    const std::vector<T> zeros(dy ? 0 : K);
+#pragma omp parallel for schedule(static)
+    for (i64 m = 0; m < M; m++) {
+        const T* in = row_of(dy, m, stride, zeros.data());
+        T* row = out + m * K;
+#pragma omp simd
+        for (i64 k = 0; k < K; k++) row[k] = from_float<T>(rstd[m] * to_float(in[k]));
+    }
+}
+EXPORT(norm_scale, (const T* dy, i64 stride, const float* rstd, T* out, i64 M, i64 K), (dy, stride, rstd, out, M, K))
