@@ -6,15 +6,7 @@ combination cannot be written. Reading files and overrides is `config_io`, error
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from .config_checks import impossible_combinations
 from .config_types import (
@@ -97,21 +89,21 @@ class CausalLM(Section):
     """NEFTune: uniform noise of alpha/sqrt(tokens*hidden) on the embeddings while training (arXiv 2310.05914)."""
 
 
-class SequenceClassification(Section):
-    type: Literal["sequence_classification"]
+class Classification(Section):
     labels: Labels | None = None
     """Class names in order; found in the training data (sorted) if left out."""
     label_smoothing: Probability = 0.0
+
+
+class SequenceClassification(Classification):
+    type: Literal["sequence_classification"]
     neftune_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.0
 
 
-class ImageClassification(Section):
+class ImageClassification(Classification):
     type: Literal["image_classification"]
-    labels: Labels | None = None
-    """Class names in order; found in the training data (sorted) if left out."""
     image_size: Annotated[int, Field(gt=0, le=10_000)] | None = None
     """Edge in pixels; the model's own size if left out."""
-    label_smoothing: Probability = 0.0
 
 
 Task = Annotated[CausalLM | SequenceClassification | ImageClassification, Field(discriminator="type")]
@@ -313,7 +305,13 @@ class Memory(Section):
     budget: Literal["auto"] | Bytes = "auto"
     """Bytes a worker may use; auto = what its device has."""
     zero_stage: Literal["auto"] | Annotated[int, Field(ge=0, le=3)] = "auto"
-    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What backward recomputes: none, selective = all but matrix products and attention, full = whole layers."""
+
+
+class Kernels(Section):
+    enabled: Literal["auto"] | bool = "auto"
+    """Fused operations in place of the modules that they recognise; auto = where they can run, true = or refuse."""
 
 
 class Inline(Section):
@@ -377,6 +375,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     train: Train
     memory: Memory = Memory()
+    kernels: Kernels = Kernels()
     launch: Launch = Inline()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()

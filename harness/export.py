@@ -118,13 +118,14 @@ def load_result(config: Config, folder: Path, *, labels: list[str] | None, devic
     """
     record = read_record(folder)
     if not adapters.is_adapter(config):
-        return models.load_model(config, labels=labels, device=device, path=str(folder))
+        model = models.load_model(config, labels=labels, device=device, path=str(folder))
+        return models.with_kernels(model, config)
     if not (folder / adapters.ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"{folder} has no {adapters.ADAPTER_WEIGHTS}; a pickled adapter is never loaded")
     base = models.load_model(config, labels=labels, device=device)
     if base.base_fingerprint != record["base_fingerprint"]:
         raise ConfigError(f"{record['base']} is not the base model that {folder} was trained on: its weights differ")
-    return adapters.load_adapter(base, str(folder), config)
+    return models.with_kernels(adapters.load_adapter(base, str(folder), config), config)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

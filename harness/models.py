@@ -4,15 +4,18 @@ import hashlib
 import io
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import GgufConfig
 
 from . import adapters
 from .config import Config
 from .errors import ConfigError
+from .fuse import Fused, fuse
 from .memory import Counts
 from .plan import Plan
 from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
@@ -224,23 +227,55 @@ def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
 
 
 def build(plan: Plan, labels: list[str] | None = None) -> nn.Module:
-    """The model of a worker: loaded, checked for packing, adapted, activation checkpointing on, in train mode."""
+    """The model of a worker: loaded, checked for packing, adapted, fused, activation policy on, in train mode."""
     config = plan.config
     device = "cpu" if plan.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     model = load_model(config, labels=labels, device=device)
     if config.data.packing:
         check_packing(model)
-    model = adapters.adapt(model, config)
-    if plan.activation_checkpointing == "full":
-        with explained("memory.activation_checkpointing", "full"):
-            _checkpoint_activations(unwrap(model))
+    model = with_kernels(adapters.adapt(model, config), config)
+    with explained("memory.activation_checkpointing", plan.activation_checkpointing):
+        apply_activation_policy(model, plan.activation_checkpointing)
     return model.train()
 
 
-def _checkpoint_activations(model: Any) -> None:
-    """Non-reentrant, so that frozen embeddings need no detour for gradients to flow."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def with_kernels(model: nn.Module, config: Config) -> nn.Module:
+    """The same model with our kernels where they fit, as kernels.enabled says; `fused` of the base model counts them.
+
+    Raises ConfigError if kernels.enabled is true and nothing could be fused.
+    """
+    base, wanted = unwrap(model), config.kernels.enabled
+    base.fused = fuse(model) if wanted is not False else Fused()
+    if wanted is True and base.fused == Fused():
+        raise ConfigError(
+            f"kernels.enabled=true: nothing in {type(base).__name__} could be fused; use auto to run it as it is"
+        )
+    return model
+
+
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
+"""ATen operations, by the beginning of their names, whose results the selective policy keeps."""
+
+
+def _keep_matrix_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    is_kept = operation.name().removeprefix("aten::").startswith(MATRIX_PRODUCTS)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_policy(model: nn.Module, policy: str) -> None:
+    """none, selective (recompute all but matrix products and attention) or full (keep only the inputs of layers).
+
+    A fused model is selective of itself: its operations keep nothing else. Non-reentrant, so that frozen embeddings
+    need no detour for gradients to flow.
+    """
+    base: Any = unwrap(model)
+    if policy == "none" or (policy == "selective" and base.fused.linears):
+        return
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    options: dict[str, Any] = {"use_reentrant": False}
+    if policy == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
+    enable(options)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class Plan:
     gradient_accumulation_steps: int
     engine: Literal["torch", "deepspeed"]
     zero_stage: int
-    activation_checkpointing: Literal["none", "full"]
+    activation_checkpointing: Literal["none", "selective", "full"]
     num_threads: int
     decisions: tuple[Decision, ...]
 
@@ -148,7 +148,9 @@ def _engine(config: Config, world_size: int, decisions: list[Decision]) -> tuple
     return stage, engine
 
 
-def _activation_checkpointing(config: Config, device: str, decisions: list[Decision]) -> Literal["none", "full"]:
+def _activation_checkpointing(
+    config: Config, device: str, decisions: list[Decision]
+) -> Literal["none", "selective", "full"]:
     wanted = config.memory.activation_checkpointing
     if wanted != "auto":
         return wanted

@@ -59,6 +59,8 @@ class ZeroEngine:
             set_accelerator(CpuAccelerator())
         cast_parameters(model, DTYPES[plan.config.model.dtype])
         model.to(world.device)
+        if self.stage == 3:
+            _share_parameters(model)
         self.trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.masters = Masters(plan.config, model) if self.stage == 0 else None
         optimizer = self.masters.optimizer if self.masters else make_optimizer(plan.config, self.trained.items())
@@ -135,6 +137,13 @@ class ZeroEngine:
         if self.owns_group:
             # DeepSpeed's own function: it also forgets the groups that it made from this one.
             deepspeed.comm.destroy_process_group()
+
+
+def _share_parameters(model: torch.nn.Module) -> None:
+    """Lets stage 3 gather, around a fused module, the parameters of others that it computes with."""
+    for module in model.modules():
+        for parameter in getattr(module, "external_parameters", tuple)():
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _join(world: World) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..data.format import encode_causal_lm, question, render_prompt
+from ..fused import loss_head
 from . import Batch, Example, Task
-from .common import accepts, mean_loss, neftune, summed_cross_entropy, to_model_device, unwrap
+from .common import IGNORE, accepts, mean_loss, neftune, summed_cross_entropy, to_model_device, unwrap
 
 ROUND_PACKED, ROUND_PADDED, ROUND_KEPT = 128, 16, 32
 
@@ -81,14 +82,18 @@ def collate(examples: list[Example], tokenizer: Any, config: Any, pad_to: int | 
     return {"input_ids": input_ids, "attention_mask": attention_mask, "loss_mask": loss_mask}
 
 
+def model_inputs(model: Any, batch: Batch) -> Batch:
+    """What the model's forward takes of a batch."""
+    inputs: Batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return inputs | ({"use_cache": False} if accepts(model, "use_cache") else {})
+
+
 def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits [N, V] that predict the supervised tokens, and those tokens [N].
 
     The head runs on the columns where some row is supervised, if the model's forward takes `logits_to_keep`.
     """
-    inputs: Batch = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    if accepts(model, "use_cache"):
-        inputs["use_cache"] = False
+    inputs = model_inputs(model, batch)
     is_target = pad(batch["loss_mask"][:, 1:], (0, 1))  # [B, T]: the logits of column t predict token t+1
     columns = is_target.any(0).nonzero()[:, 0]
     if accepts(model, "logits_to_keep"):
@@ -101,22 +106,37 @@ def supervised_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[keep], batch["input_ids"].roll(-1, 1)[:, columns][keep]
 
 
+def summed_loss(model: Any, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Sum of the loss over the supervised targets, and how many of them are the most likely token.
+
+    A fused head makes both from the hidden states, without logits.
+    """
+    head = loss_head(unwrap(model))
+    if head is None:
+        logits, targets = supervised_logits(model, batch)
+        right = (logits.argmax(-1) == targets).sum()
+        return summed_cross_entropy(logits, targets, label_smoothing=label_smoothing), right
+    is_target = pad(batch["loss_mask"][:, 1:], (0, 1))
+    targets = batch["input_ids"].roll(-1, 1).masked_fill(~is_target, IGNORE)
+    return head.loss_of(targets, lambda: model(**model_inputs(model, batch)), label_smoothing=label_smoothing)
+
+
 def loss(model: Any, batch: Batch, config: Any) -> Tensor:
     batch = to_model_device(batch, model)
     lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1, keepdim=True)
     with neftune(model, alpha=config.task.neftune_alpha, lengths=lengths):
-        logits, targets = supervised_logits(model, batch)
-    return summed_cross_entropy(logits, targets, label_smoothing=config.task.label_smoothing)
+        return summed_loss(model, batch, label_smoothing=config.task.label_smoothing)[0]
 
 
 @torch.no_grad()
 def evaluate(model: Any, batch: Batch, config: Any) -> dict[str, Tensor]:
     """Sums of loss, targets and right answers, without smoothing or noise; the model must be in eval mode."""
-    logits, targets = supervised_logits(model, to_model_device(batch, model))
+    batch = to_model_device(batch, model)
+    loss_sum, right = summed_loss(model, batch)
     return {
-        "loss_sum": summed_cross_entropy(logits, targets).double().reshape(1).cpu(),
-        "count": torch.tensor([len(targets)], dtype=torch.float64),
-        "right": (logits.argmax(-1) == targets).sum().double().reshape(1).cpu(),
+        "loss_sum": loss_sum.double().reshape(1).cpu(),
+        "count": batch["loss_mask"][:, 1:].sum().double().reshape(1).cpu(),
+        "right": right.double().reshape(1).cpu(),
     }
 
 

@@ -1,0 +1,115 @@
+"""Fused = unfused: equal losses with our kernels and without, for every family, method, policy and ZeRO stage."""
+
+import statistics
+
+import fusion_cases
+import pytest
+import torch
+from burnish.harness.tasks.common import unwrap
+from distributed import on_ranks
+from fusion_cases import FAMILIES, loss_sum, make_config, make_model, train
+
+METHODS = ("lora", "qlora", "dora")
+POLICIES = ("none", "selective", "full")
+REFERENCE: dict[tuple[str, str], list[float]] = {}
+
+
+def reference(family, method):
+    """Losses of PEFT's own modules."""
+    if (family, method) not in REFERENCE:
+        REFERENCE[family, method] = train(family, method, enabled=False)
+    return REFERENCE[family, method]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_equals_unfused(family, method, policy):
+    found = train(family, method, policy=policy)
+    assert found == pytest.approx(reference(family, method), rel=1e-4)
+    assert len(set(found)) > 1
+
+
+def zero_losses(rank, world):
+    """Losses of every family, method, policy and ZeRO stage, with dropout 0 and (lora) 0.1, on this rank."""
+    found = {}
+    for family in FAMILIES:
+        for stage in (2, 3):
+            for method in METHODS:
+                for policy in POLICIES:
+                    key = (family, method, policy, stage)
+                    found[key] = train(family, method, rank=rank, world=world, stage=stage, policy=policy)
+    return found
+
+
+def test_fused_under_zero_equals_unfused_without(tmp_path):
+    [found, _] = on_ranks(2, tmp_path, zero_losses)
+    wrong = {
+        key: losses for key, losses in found.items() if losses != pytest.approx(reference(key[0], key[1]), rel=1e-4)
+    }
+    assert not wrong, sorted(wrong)
+    assert len(found) == len(FAMILIES) * len(METHODS) * len(POLICIES) * 2
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_falls_alike_whatever_is_recomputed(family, method):
+    """The seed comes from torch's generator, which checkpointing restores."""
+    expected = train(family, method, p=0.1, policy="none", steps=4)
+    for policy in ("selective", "full"):
+        assert train(family, method, p=0.1, policy=policy, steps=4) == pytest.approx(expected, rel=1e-6)
+    assert train(family, method, p=0.0, steps=4) != pytest.approx(expected, rel=1e-6)
+
+
+def losses_over_seeds(model, family, num=60):
+    found = []
+    with torch.no_grad():
+        for seed in range(num):
+            torch.manual_seed(1000 + seed)
+            loss, count = loss_sum(model, family, 0, slice(None))
+            found.append(float(loss) / count)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_has_pefts_statistics(family, method):
+    """Masks differ from PEFT's, so the loss agrees in mean and spread over seeds, not seed by seed."""
+    both = []
+    for enabled in (True, False):
+        model = make_model(family, make_config(family, method, p=0.1, enabled=enabled))
+        both.append(losses_over_seeds(model, family))
+    means, spreads = [statistics.mean(x) for x in both], [statistics.stdev(x) for x in both]
+    error = (spreads[0] ** 2 / len(both[0]) + spreads[1] ** 2 / len(both[1])) ** 0.5
+    assert abs(means[0] - means[1]) < 4 * error
+    assert 0.5 < spreads[0] / spreads[1] < 2
+
+
+EXPECTED = {
+    "llama": {"linears": 14, "groups": 4, "norms": 5, "mlps": 2, "attentions": 2, "loss": True},
+    "qwen3": {"linears": 14, "groups": 4, "norms": 9, "mlps": 2, "attentions": 2, "loss": True},
+    "gemma3": {"linears": 14, "groups": 4, "norms": 13, "mlps": 2, "attentions": 2, "loss": True},
+    "gpt2": {"linears": 8, "norms": 5, "activations": 2, "loss": True},
+    "bert": {"linears": 12, "groups": 2, "norms": 5, "activations": 2},
+    "vit": {"linears": 12, "groups": 2, "norms": 5, "activations": 2},
+    "t5": {"norms": 12, "mlps": 4},
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_structure_is_recognised(family):
+    fused = unwrap(make_model(family, make_config(family, "lora"))).fused
+    assert {name: getattr(fused, name) for name in EXPECTED[family]} == EXPECTED[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_parameters_are_those_of_peft(family):
+    names = [
+        [name for name, _ in make_model(family, make_config(family, "lora", enabled=on)).named_parameters()]
+        for on in (True, False)
+    ]
+    assert names[0] == names[1]
+
+
+def test_the_module_table_names_seven_families():
+    assert set(fusion_cases.FAMILIES) == {"llama", "qwen3", "gemma3", "gpt2", "bert", "vit", "t5"}
