@@ -92,6 +92,7 @@ def _scale_backward_kernel(
 
 
 SCALE_BLOCK = {"BM": 8, "BN": 256}
+SCALE_WARPS = 8
 BACKWARD_BLOCK = {"ROWS": ROWS, "BM": 16, "BN": 128}
 
 
@@ -111,7 +112,10 @@ def _scale(u: Tensor, g: Tensor, bias: Tensor | None, y: Tensor | None, backend:
     else:
         grid = (triton.cdiv(M, SCALE_BLOCK["BM"]), triton.cdiv(N, SCALE_BLOCK["BN"]))
         has_bias, adds = shift is not None, y is not None
-        _scale_kernel[grid](u, g, shift if has_bias else g, out, M, N, HAS_BIAS=has_bias, ADDS=adds, **SCALE_BLOCK)
+        _scale_kernel[grid](
+            u, g, shift if has_bias else g, out, M, N,
+            HAS_BIAS=has_bias, ADDS=adds, **SCALE_BLOCK, num_warps=SCALE_WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -175,7 +179,7 @@ class _Exact(torch.autograd.Function):
         s = dropped @ (a.to(x.dtype) * projection.scale).t()
         u = (dropped @ weight.t()).addmm_(s, b.to(x.dtype).t())
         g = magnitude.to(norm.dtype) / norm
-        y = _scale(u, g, bias, dropped.neg_().add_(x) @ weight.t(), backend_of(x))
+        y = _scale(u, g, bias, torch.sub(x, dropped, out=dropped) @ weight.t(), backend_of(x))
         ctx.projection, ctx.p, ctx.seed, ctx.backend = projection, p, seed, backend_of(x)
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (a, b, magnitude, bias))
         ctx.save_for_backward(x, s, u if ctx.needs_input_grad[3] else None, a, b, g, norm)
@@ -304,7 +308,9 @@ OP = Op(
             signature=_signature("u_ptr:*bf16 g_ptr:*fp32 bias_ptr:*fp32 y_ptr:*bf16 M:i32 N:i32"),
             configs=tuple(
                 Config(
-                    {"HAS_BIAS": has_bias, "ADDS": adds, **SCALE_BLOCK}, elements=SCALE_BLOCK["BM"] * SCALE_BLOCK["BN"]
+                    {"HAS_BIAS": has_bias, "ADDS": adds, **SCALE_BLOCK},
+                    num_warps=SCALE_WARPS,
+                    elements=SCALE_BLOCK["BM"] * SCALE_BLOCK["BN"],
                 )
                 for has_bias in (False, True)
                 for adds in (False, True)

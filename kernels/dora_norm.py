@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import native
 from .lora_linear import Projection
 from .nf4_dequant import Nf4Weight, nf4_dequant, nf4_dequant_reference
 from .nf4_quantize import nf4_quantize
@@ -65,26 +64,24 @@ def _rows_kernel(
 
 
 ROWS_BLOCK = {"BN": 64, "BK": 64}
+STAGES = 3
 
 
-def _rank_block(rank: int) -> int:
-    """Ranks that one program of the rows kernel makes."""
-    return 16 if rank <= 16 else 64
+def _rank_block(rank: int, *, has_squares: bool) -> int:
+    """Ranks that one program makes: few where the squares need registers too."""
+    return 16 if rank <= 16 or has_squares else 64
 
 
 def _row_products(weight: Tensor, a: Tensor, p: Tensor, squares: Tensor | None) -> None:
     """p [N, R] = W Aᵀ; squares [N] = ||W||² of every row if given. W in any strides and dtype, the rest fp32."""
     (N, K), R = weight.shape, a.shape[0]
-    backend = backend_of(weight)
-    if backend == "triton":
-        block = {**ROWS_BLOCK, "BR": _rank_block(R)}
+    if backend_of(weight) == "triton":
+        block = {**ROWS_BLOCK, "BR": _rank_block(R, has_squares=squares is not None)}
         grid = (triton.cdiv(N, block["BN"]), triton.cdiv(R, block["BR"]))
         _rows_kernel[grid](
             weight, a, p, p if squares is None else squares, N, K, R, *weight.stride(),
-            SQUARES=squares is not None, **block,
+            SQUARES=squares is not None, **block, num_stages=STAGES,
         )  # fmt: skip
-    elif backend == "native" and weight.stride(1) == 1:
-        native.call("dora_rows", weight.dtype, weight, a, p, squares, N, K, R, weight.stride(0))
     else:
         step = max(1, PANEL // K)
         for start in range(0, N, step):
@@ -177,8 +174,9 @@ class DoraNorm:
         self._key: tuple[Any, ...] | None = None
         self._norm: Tensor | None = None
 
+    @torch.inference_mode(False)
     def __call__(self, projection: Projection) -> Tensor:
-        """fp32 [N]."""
+        """fp32 [N]: an ordinary tensor even in inference mode, since training may use it next."""
         source = projection.weight if projection.quant is None else projection.quant.packed
         weight_key = _version(source)
         if self._squares is None or self._weight_key != weight_key:
@@ -228,9 +226,8 @@ OP = Op(
                 "N": "i32", "K": "i32", "R": "i32", "stride_n": "i32", "stride_k": "i32",
             },
             configs=tuple(
-                Config({"SQUARES": squares, **ROWS_BLOCK, "BR": block})
-                for squares in (False, True)
-                for block in (16, 64)
+                Config({"SQUARES": squares, **ROWS_BLOCK, "BR": block}, num_stages=STAGES)
+                for squares, block in ((False, 16), (False, 64), (True, 16))
             ),
             uses_mma=True,
             divisible=("N", "K", "R", "stride_n"),
