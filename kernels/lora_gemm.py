@@ -184,7 +184,7 @@ def _joined(low: Sequence[Tensor], ranks: Sequence[slice]) -> tuple[list[Tensor]
 
 SHRINK_CONFIGS = tuple(
     Config(
-        {"LANES": lanes, "DROPS": drops, "BM": 64, "BK": 64, "BR": rank},
+        {"LANES": lanes, "DROPS": drops, "BM": 64, "BK": 32 if lanes > 1 and rank > 16 else 64, "BR": rank},
         num_warps=8 if lanes > 1 and rank > 16 else 4,
         num_stages=2,
     )
