@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import glu_triton, native
+from . import glu_triton, lora_cpu, native
 from .activations import ACTIVATIONS
 from .glu_triton import Call, Grads, Inputs
 from .op import Backend, Case, Op, backend_of, random_normal
@@ -36,17 +36,23 @@ def glu_reference(
 
 
 def _forward_native(x: Inputs, call: Call) -> tuple[Tensor, Tensor | None]:
+    """With matrix tiles the shrink masks h while it reads it; else the copies of h that it needs are made here."""
     M, F = x.gate.shape
-    lanes = len(x.a) if call.p > 0 else 0
-    h, copies = x.gate.new_empty(M, F), x.gate.new_empty(lanes, M, F)
+    uses_tiles = lora_cpu.uses_tiles(x.gate.dtype, "native")
+    lanes = len(x.a) if call.p > 0 and not uses_tiles else 0
+    h, copies = x.gate.new_empty(M, F), lora_cpu.scratch("dropped", (lanes, M, F), x.gate.dtype)
     native.call(
         "glu", h.dtype, x.gate, x.gate.stride(0), x.up, 0 if x.up is None else x.up.stride(0), h, copies, M, F,
         *call.form, lanes, *call.dropout,
     )  # fmt: skip
     if not x.a:
         return h, None
-    s = h.new_empty(M, sum(part.shape[0] for part in x.a))
-    for j, (part, columns) in enumerate(zip(x.a, rank_slices(x.a), strict=True)):
+    ranks = rank_slices(x.a)
+    s = h.new_empty(M, ranks[-1].stop)
+    if uses_tiles:
+        lora_cpu.shrink(h, x.a, call.scales, out=s, ranks=ranks, p=call.p, seed=call.seed, backend="native")
+        return h, s
+    for j, (part, columns) in enumerate(zip(x.a, ranks, strict=True)):
         torch.mm(copies[j] if lanes else h, part.t(), out=s[:, columns]).mul_(call.scales[j])
     return h, s
 
@@ -57,7 +63,7 @@ def _backward_native(
     """One buffer holds dS A until it is read, then the dropped copies of h, each in the place of what was just read."""
     M, F = x.gate.shape
     lanes = len(ds) if call.p > 0 else 0
-    expanded = x.gate.new_empty(lanes, M, F) if lanes else None
+    expanded = lora_cpu.scratch("dropped", (lanes, M, F), x.gate.dtype) if lanes else None
     for j, part in enumerate(ds):
         if expanded is not None:
             torch.mm(part, x.a[j], out=expanded[j])
@@ -65,7 +71,7 @@ def _backward_native(
             dh = torch.mm(part, x.a[j]) if dh is None else torch.addmm(dh, part, x.a[j])
     copies = None
     if ds and out.needs_a:
-        copies = x.gate.new_empty(1, M, F) if expanded is None else expanded
+        copies = lora_cpu.scratch("dropped", (1, M, F), x.gate.dtype) if expanded is None else expanded
     native.call(
         "glu_backward", x.gate.dtype, dh, 0 if dh is None else dh.stride(0), expanded, x.gate, x.gate.stride(0), x.up,
         0 if x.up is None else x.up.stride(0), out.gate, out.up, out.row_stride, copies, M, F, *call.form,
