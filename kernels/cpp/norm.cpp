@@ -11,6 +11,16 @@
 
 static const i64 BLOCK_ROWS = 32; // rows that share one partial sum of the gradients of gain and bias
 
+// rounded<T> for what arithmetic gives: the NaNs of arithmetic stay NaN without a comparison.
+template <class T> static inline float nearest(float x);
+template <> inline float nearest<float>(float x) { return x; }
+template <> inline float nearest<bf16>(float x) {
+    u32 word;
+    std::memcpy(&word, &x, 4);
+    word = (word + 0x7fffu + ((word >> 16) & 1u)) & 0xffff0000u;
+    std::memcpy(&x, &word, 4);
+    return x;
+}
 // from_float for a value that T holds exactly.
 template <class T> static inline T narrowed(float x);
 template <> inline float narrowed<float>(float x) { return x; }
@@ -35,25 +45,30 @@ template <class T> static inline Lanes<T> lanes_of(T* first, i64 lanes, i64 m, i
     return found;
 }
 
-// wide = x + residual as rounded into h; returns the mean, and the inverse deviation through rstd.
-template <class T>
-static float statistics(const T* x, const T* residual, T* h, float* wide, i64 K, float eps, bool centered, float* rstd) {
-    float sum = 0.f, squares = 0.f;
-#pragma omp simd reduction(+ : sum, squares)
+// wide = x + residual, rounded into h; or x.
+template <class T> static void add_row(const T* x, const T* residual, T* h, float* wide, i64 K) {
+    if (!residual) {
+#pragma omp simd
+        for (i64 k = 0; k < K; k++) wide[k] = to_float(x[k]);
+        return;
+    }
+#pragma omp simd
     for (i64 k = 0; k < K; k++) {
-        float value = rounded<T>(to_float(x[k]) + to_float(residual[k]));
-        h[k] = narrowed<T>(value);
-        wide[k] = value;
-        sum += value;
-        squares += value * value;
+        wide[k] = nearest<T>(to_float(x[k]) + to_float(residual[k]));
+        h[k] = narrowed<T>(wide[k]);
     }
-    float mean = 0.f;
+}
+
+// The mean of a row (0 where not centered); the inverse deviation through rstd.
+static float statistics(const float* wide, i64 K, float eps, bool centered, float* rstd) {
+    float mean = 0.f, squares = 0.f;
     if (centered) {
-        mean = sum / (float)K;
-        squares = 0.f;
-#pragma omp simd reduction(+ : squares)
-        for (i64 k = 0; k < K; k++) squares += (wide[k] - mean) * (wide[k] - mean);
+#pragma omp simd reduction(+ : mean)
+        for (i64 k = 0; k < K; k++) mean += wide[k];
+        mean /= (float)K;
     }
+#pragma omp simd reduction(+ : squares)
+    for (i64 k = 0; k < K; k++) squares += (wide[k] - mean) * (wide[k] - mean);
     *rstd = 1.f / std::sqrt(squares / (float)K + eps);
     return mean;
 }
@@ -65,7 +80,7 @@ static void scale_row(const float* wide, float mean, float rstd, const float* ga
 #pragma omp simd
     for (i64 k = 0; k < K; k++) {
         float xhat = (wide[k] - mean) * rstd;
-        float value = rounded<T>(gain[k] * (ROUNDS ? rounded<T>(xhat) : xhat) + bias[k]);
+        float value = nearest<T>(gain[k] * (ROUNDS ? nearest<T>(xhat) : xhat) + bias[k]);
         y[k] = narrowed<T>(value);
         u32 bits = DROPS ? mask_bits(key, k) : 0u;
         if (LANES > 0) c0[k] = narrowed<T>(is_kept<0, DROPS>(bits, dropped) ? value : 0.f);
@@ -82,16 +97,15 @@ static void norm_forward_impl(const T* x, i64 stride_x, const T* residual, i64 s
     if (lanes == 1) scale = rounds ? scale_row<T, 1, true, true> : scale_row<T, 1, true, false>;
     if (lanes == 2) scale = rounds ? scale_row<T, 2, true, true> : scale_row<T, 2, true, false>;
     if (lanes == 3) scale = rounds ? scale_row<T, 3, true, true> : scale_row<T, 3, true, false>;
-    const std::vector<T> zeros(residual ? 0 : K);
 #pragma omp parallel
     {
         std::vector<float> wide(K);
         std::vector<T> unread(K);
 #pragma omp for schedule(static)
         for (i64 m = 0; m < M; m++) {
-            const T* other = row_of(residual, m, stride_r, zeros.data());
-            float center = statistics<T>(x + m * stride_x, other, row_of(h, m, K, unread.data()), wide.data(), K, eps,
-                                         centered, rstd + m);
+            const T* other = row_of(residual, m, stride_r, (const T*)nullptr);
+            add_row(x + m * stride_x, other, row_of(h, m, K, (T*)nullptr), wide.data(), K);
+            float center = statistics(wide.data(), K, eps, centered, rstd + m);
             if (centered) mean[m] = center;
             scale(wide.data(), center, rstd[m], gain, bias, y + m * K, lanes_of(copies, lanes, m, M, K, unread.data()), K,
                   row_key(m, seed), (u32)dropped);
@@ -126,7 +140,7 @@ static Sums expand_row(const T* dy, Lanes<T> t, Lanes<T> copies, const T* h, flo
         float xhat = (to_float(h[k]) - mean) * rstd;
         float g = to_float(dy[k]);
         if (LANES > 0) {
-            float value = rounded<T>(gain[k] * (ROUNDS ? rounded<T>(xhat) : xhat) + bias[k]);
+            float value = nearest<T>(gain[k] * (ROUNDS ? nearest<T>(xhat) : xhat) + bias[k]);
             u32 bits = DROPS ? mask_bits(key, k) : 0u;
             bool kept = is_kept<0, DROPS>(bits, dropped);
             g += kept ? to_float(t0[k]) : 0.f;
@@ -157,14 +171,14 @@ static void contract_row(const Row& row, Sums sums, float factor, const float* g
     float shift = sums.grad / (float)K, slope = sums.product / (float)K;
 #pragma omp simd
     for (i64 k = 0; k < K; k++)
-        dx[k] = from_float<T>(factor * (grad[k] * gain[k] - shift - xhat[k] * slope) + to_float(dh[k]));
+        dx[k] = narrowed<T>(nearest<T>(factor * (grad[k] * gain[k] - shift - xhat[k] * slope) + to_float(dh[k])));
 }
 
-template <class T> static void add_row(const Row& row, bool rounds, float* d_gain, float* d_bias, i64 K) {
+template <class T> static void sum_row(const Row& row, bool rounds, float* d_gain, float* d_bias, i64 K) {
     const float *grad = row.grad.data(), *xhat = row.xhat.data();
     if (rounds) {
 #pragma omp simd
-        for (i64 k = 0; k < K; k++) d_gain[k] += grad[k] * rounded<T>(xhat[k]);
+        for (i64 k = 0; k < K; k++) d_gain[k] += grad[k] * nearest<T>(xhat[k]);
     } else {
 #pragma omp simd
         for (i64 k = 0; k < K; k++) d_gain[k] += grad[k] * xhat[k];
@@ -173,7 +187,8 @@ template <class T> static void add_row(const Row& row, bool rounds, float* d_gai
     for (i64 k = 0; k < K; k++) d_bias[k] += grad[k];
 }
 
-// With `scaled` dy holds rstd * dy. t and copies may be the same memory; d_gain and d_bias are partial sums [ceil(M / BLOCK_ROWS), K], zero at the start.
+// With `scaled` dy holds rstd * dy. t and copies may be the same memory. d_gain and d_bias are partial sums
+// [ceil(M / BLOCK_ROWS), K], zero at the start.
 template <class T>
 static void norm_backward_impl(const T* dy, i64 stride_dy, const T* dh, i64 stride_dh, const T* h, i64 stride_h,
                                const float* gain, const float* bias, const float* rstd, const float* mean, T* t, T* copies,
@@ -198,10 +213,9 @@ static void norm_backward_impl(const T* dy, i64 stride_dy, const T* dh, i64 stri
                                    lanes_of(copies, lanes, m, M, K, unread.data()), h + m * stride_h, mean ? mean[m] : 0.f,
                                    rstd[m], gain, bias, row, K, row_key(m, seed), (u32)dropped);
                 if (!mean) sums.grad = 0.f;
-                if (d_gain) add_row<T>(row, rounds, d_gain + block * K, d_bias + block * K, K);
-                if (dx)
-                    contract_row<T>(row, sums, scaled ? 1.f : rstd[m], gain, row_of(dh, m, stride_dh, (const T*)zeros.data()),
-                                    dx + m * K, K);
+                if (d_gain) sum_row<T>(row, rounds, d_gain + block * K, d_bias + block * K, K);
+                const T* add = row_of(dh, m, stride_dh, (const T*)zeros.data());
+                if (dx) contract_row<T>(row, sums, scaled ? 1.f : rstd[m], gain, add, dx + m * K, K);
             }
         }
     }
@@ -221,7 +235,7 @@ template <class T> static void norm_scale_impl(const T* dy, i64 stride, const fl
         const T* in = row_of(dy, m, stride, zeros.data());
         T* row = out + m * K;
 #pragma omp simd
-        for (i64 k = 0; k < K; k++) row[k] = from_float<T>(rstd[m] * to_float(in[k]));
+        for (i64 k = 0; k < K; k++) row[k] = narrowed<T>(nearest<T>(rstd[m] * to_float(in[k])));
     }
 }
 EXPORT(norm_scale, (const T* dy, i64 stride, const float* rstd, T* out, i64 M, i64 K), (dy, stride, rstd, out, M, K))
