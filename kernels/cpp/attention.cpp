@@ -32,7 +32,7 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 
 constexpr i64 SUB = 32;
-constexpr i64 KEYS = 128;            // keys between two rescalings
+constexpr i64 KEYS = 128;            // keys of a block; in the forward between two rescalings
 constexpr i64 MAX_ROWS = 128;        // query rows of a block, backward
 constexpr i64 FORWARD_ROWS = 64;     // query rows of a block, forward
 constexpr i64 CHAIN = 64;             // floats added in a row: shorter chains round less
@@ -281,9 +281,9 @@ struct Bf16Engine {
 
     static __m512i both(vec first, vec second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
     static __m512i interleaved(__m512i rows) {
-        __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(rows));
-        __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(rows, 1));
-        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+        u16 order[32];
+        for (int i = 0; i < 32; i++) order[i] = i / 2 + i % 2 * 16;
+        return _mm512_permutexvar_epi16(load<__m512i>(order), rows);
     }
     static void store_rows(Element* to, i64 ld, __m512i rows) {
         store(to, _mm512_castsi512_si256(rows));
@@ -507,14 +507,18 @@ void cap_scores(float* scores, i64 ld, i64 keys, i64 rows, const Problem& p) {
 template <class X, bool ALL>
 inline vec weigh(const float* scores, typename X::Word* weights, i64 ld, const Rows& r, i64 g, i64 key, i64 keys, float factor, vec& m, vec& sum) {
     vec least = vec{} + LOWEST, top[4] = {least, least, least, least};
-    for (i64 j = 0; j < keys; j += 4)
+    i64 from = ALL ? 0 : std::clamp<i64>(r.min_low[g] - key, 0, keys) / 4 * 4;
+    i64 to = ALL ? keys : std::max(from, (std::clamp<i64>(r.max_high[g] - key, 0, keys) + 3) / 4 * 4);
+    for (i64 j = from; j < to; j += 4)
         for (int n = 0; n < 4; n++) {
             vec s = load<vec>(scores + (j + n) * ld);
             top[n] = larger(top[n], ALL ? s : r.seen_or_lowest(g, key + j + n, s));
         }
     vec highest = larger(m, larger(larger(top[0], top[1]), larger(top[2], top[3])) * factor);
     vec first_sum = {}, second_sum = {};
-    for (i64 j = 0; j < keys; j += 2) {
+    for (i64 j = 0; j < from; j += 2) X::keep_words(weights + j / X::PACK * ld, ld, vec{}, vec{});
+    for (i64 j = to; j < keys; j += 2) X::keep_words(weights + j / X::PACK * ld, ld, vec{}, vec{});
+    for (i64 j = from; j < to; j += 2) {
         vec first = exp2_fast(load<vec>(scores + j * ld) * factor - highest);
         vec second = exp2_fast(load<vec>(scores + (j + 1) * ld) * factor - highest);
         if (!ALL) first = r.seen(g, key + j, first), second = r.seen(g, key + j + 1, second);
@@ -700,9 +704,18 @@ void backward_block(const Problem& p, const Unit& u, const Rows& r, const Backwa
     store_rows(x.dq, u, r, s.dq, LD, s.rows, p.D, width);
 }
 
-// dk or dv of one batch row and key head: the sum over the units that hold a part; rows without a part are 0.
+// Sums of a unit that has all queries -> dk or dv; keys outside the unit have none.
+template <class T> void store_keys(const Problem& p, const Tensor4<T>& x, const Unit& u, const float* sums, i64 width) {
+    for (i64 s = 0; s < p.S; s++) {
+        T* to = x.row(u.b, s, u.kh);
+        if (s >= u.base && s < u.base + u.keys) convert(sums + (s - u.base) * width, to, p.D);
+        else std::fill(to, to + p.D, from_float<T>(0.f));
+    }
+}
+
+// The same where several units hold a part: `parts` of those of one batch row and key head, in the order of the units.
 template <class T>
-void store_keys(const Problem& p, const Tensor4<T>& x, const std::vector<Unit>& units, const float* parts, i64 b, i64 kh, i64 width) {
+void store_parts(const Problem& p, const Tensor4<T>& x, const std::vector<Unit>& units, const float* parts, i64 b, i64 kh, i64 width) {
     std::vector<Unit> own;
     for (const Unit& u : units)
         if (u.b == b && u.kh == kh) own.push_back(u);
@@ -757,29 +770,34 @@ static void attention_backward_impl(const T* q, const T* k, const T* v, const T*
                          tensor(dq, strides + 15), tensor(dk, strides + 18), tensor(dv, strides + 21), lse};
     std::vector<Unit> units = units_of(p, MAX_ROWS);
     i64 count = units.size(), keys = most_keys(units), all = units.back().offset + units.back().keys;
-    float* parts = (float*)std::aligned_alloc(64, padded(2 * all * width + 16) * sizeof(float));
+    bool is_whole = count == p.B * p.Hk;
+    Arena shared(is_whole ? 64 : 2 * all * width * sizeof(float) + 64);
+    float* parts = shared.take<float>(0);
 #pragma omp parallel
     {
         Tiles tiles;
-        Arena arena(BackwardMemory<X>::bytes(keys, width));
+        Arena arena(BackwardMemory<X>::bytes(keys, width) + (is_whole ? 8 * keys * width + 128 : 0));
         BackwardMemory<X> s(arena, keys, width);
+        float *own_k = arena.take<float>(is_whole ? keys * width : 0), *own_v = arena.take<float>(is_whole ? keys * width : 0);
 #pragma omp for schedule(dynamic, 1)
         for (i64 n = 0; n < count; n++) {
             const Unit& u = units[count - 1 - n];
-            float *part_k = parts + u.offset * width, *part_v = part_k + all * width;
+            float *part_k = is_whole ? own_k : parts + u.offset * width, *part_v = is_whole ? own_v : part_k + all * width;
             std::memset(part_k, 0, u.keys * width * sizeof(float));
             std::memset(part_v, 0, u.keys * width * sizeof(float));
             take_keys(x.k, u, p.S, s.k, p.D, width);
             take_keys(x.v, u, p.S, s.v, p.D, width);
             transpose_keys<X>(s.k, s.kt, s.ld, u.keys, width, s.spare);
             for_blocks(p, u, MAX_ROWS, [&](const Rows& r) { backward_block<T, X>(p, u, r, s, x, part_k, part_v, width); });
+            if (!is_whole) continue;
+            store_keys(p, x.dk, u, part_k, width);
+            store_keys(p, x.dv, u, part_v, width);
         }
 #pragma omp for schedule(static)
-        for (i64 n = 0; n < p.B * p.Hk; n++) {
-            store_keys(p, x.dk, units, parts, n / p.Hk, n % p.Hk, width);
-            store_keys(p, x.dv, units, parts + all * width, n / p.Hk, n % p.Hk, width);
+        for (i64 n = 0; n < (is_whole ? 0 : p.B * p.Hk); n++) {
+            store_parts(p, x.dk, units, parts, n / p.Hk, n % p.Hk, width);
+            store_parts(p, x.dv, units, parts + all * width, n / p.Hk, n % p.Hk, width);
         }
     }
-    std::free(parts);
 }
 EXPORT(attention_backward, (const T* q, const T* k, const T* v, const T* o, const T* g, const int32_t* ranges, const float* lse, T* dq, T* dk, T* dv, const i64* sizes, const i64* strides, float scale, float softcap), (q, k, v, o, g, ranges, lse, dq, dk, dv, sizes, strides, scale, softcap))
