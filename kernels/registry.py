@@ -1,5 +1,6 @@
 """All operations, by name: one line for each."""
 
+from .adapter_adamw import OP as ADAPTER_ADAMW
 from .attention import OP as ATTENTION
 from .dora import OP as DORA
 from .dora_norm import OP as DORA_NORM
@@ -19,6 +20,7 @@ from .rope import OP as ROPE
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
+        ADAPTER_ADAMW,
         ATTENTION,
         DORA,
         DORA_NORM,

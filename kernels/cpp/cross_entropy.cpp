@@ -6,13 +6,15 @@
 #include "common.h"
 #include <vector>
 
-static const i64 BLOCK = 4096;
+namespace {
+
+const i64 BLOCK = 4096;
 
 // exp of a number that is not positive; everything below -87 counts as -87.
-static inline float exp_nonpositive(float x) { return exp_fast(x < -87.f ? -87.f : x); }
+inline float exp_nonpositive(float x) { return exp_fast(x < -87.f ? -87.f : x); }
 
 // tanh with 2 ulp: a polynomial around 0, where the quotient of exponentials would cancel.
-static inline float tanh_fast(float x) {
+inline float tanh_fast(float x) {
     float size = std::fabs(x), e = exp_nonpositive(-2.f * size), s = x * x;
     float p = -5.71702e-3f * s + 2.065056e-2f;
     p = p * s - 5.374349e-2f;
@@ -35,7 +37,7 @@ struct Row {
 };
 
 // `values` [V] receives the capped logits where CAP, else exp(logit - top). Sums of blocks are added in double.
-template <class T, bool CAP> static Row forward_row(const T* __restrict z, float* __restrict values, i64 V, i64 target, const Options& options) {
+template <class T, bool CAP> Row forward_row(const T* __restrict z, float* __restrict values, i64 V, i64 target, const Options& options) {
     const float raw_target = to_float(z[target]), cap = options.softcap, inverse = CAP ? 1 / cap : 0;
     float highest = -INFINITY;
     double total = 0, plain_sum = 0;
@@ -77,7 +79,7 @@ template <class T, bool CAP> static Row forward_row(const T* __restrict z, float
     return {top, (float)std::log(total), total, lse, loss, is_hit};
 }
 
-template <class T, bool CAP> static void backward_row(T* __restrict z, const float* __restrict values, i64 V, i64 target, const Row& row, const Options& options) {
+template <class T, bool CAP> void backward_row(T* __restrict z, const float* __restrict values, i64 V, i64 target, const Row& row, const Options& options) {
     const double slope = 1 + 2 * options.z_loss * row.lse;
     const float weight = (float)(CAP ? slope : slope / row.total), shift = (float)(options.smoothing / V);
     const float inverse = CAP ? 1 / options.softcap : 0, top = row.top, total_log = row.total_log;
@@ -93,7 +95,7 @@ template <class T, bool CAP> static void backward_row(T* __restrict z, const flo
 }
 
 template <class T, bool CAP>
-static void rows(T* logits, const i64* targets, float* losses, i64* hits, i64 M, i64 V, Options options, bool with_grad) {
+void rows(T* logits, const i64* targets, float* losses, i64* hits, i64 M, i64 V, Options options, bool with_grad) {
 #pragma omp parallel
     {
         std::vector<float> values(V);
@@ -110,10 +112,13 @@ static void rows(T* logits, const i64* targets, float* losses, i64* hits, i64 M,
 
 // softcap 0 is none.
 template <class T>
-static void cross_entropy_impl(T* logits, const i64* targets, float* losses, i64* hits, i64 M, i64 V, float smoothing, float softcap, float z_loss, i64 with_grad) {
+void cross_entropy_impl(T* logits, const i64* targets, float* losses, i64* hits, i64 M, i64 V, float smoothing, float softcap, float z_loss, i64 with_grad) {
     const Options options{smoothing, softcap, z_loss};
     (softcap > 0 ? rows<T, true> : rows<T, false>)(logits, targets, losses, hits, M, V, options, with_grad);
 }
+
+}  // namespace
+
 EXPORT(cross_entropy,
        (T* logits, const i64* targets, float* losses, i64* hits, i64 M, i64 V, float smoothing, float softcap, float z_loss, i64 with_grad),
        (logits, targets, losses, hits, M, V, smoothing, softcap, z_loss, with_grad))
