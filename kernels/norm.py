@@ -116,5 +116,6 @@ def apply_norm(
     x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
     a = () if shrink is None else shrink.a
     scales, p, seed = ((), 0.0, 0) if shrink is None else (shrink.scales, shrink.p, shrink.seed)
-    y, h, s = _Norm.apply(x, residual, weight, bias, _Call(norm, backend_of(x), scales, p, seed), *a)
+    with torch.autocast(kind, enabled=False):
+        y, h, s = _Norm.apply(x, residual, weight, bias, _Call(norm, backend_of(x), scales, p, seed), *a)
     return y, h, s
