@@ -200,9 +200,7 @@ def pack_weights(group: Group) -> None:
     """Makes the dense weights of a group adjacent rows of one storage, so that one GEMM serves them all."""
     bases = [member.base_layer for member in group.members]
     weights = [base.weight for base in bases]
-    is_dense = all(
-        type(base) is nn.Linear and weight.is_floating_point() for base, weight in zip(bases, weights, strict=True)
-    )
+    is_dense = all(type(base) is nn.Linear and base.weight.is_floating_point() for base in bases)
     if len(weights) < 2 or not is_dense or len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1:
         return
     rows = torch.cat([weight.data for weight in weights])
