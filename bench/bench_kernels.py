@@ -34,12 +34,19 @@ def measure(names: Sequence[str], *, num_rounds: int, is_compiled: bool, say: Sa
     stopwatch = Stopwatch(device)
     say("peaks of this machine: copy, matrix product")
     peaks = {str(dtype)[6:]: stopwatch.peaks(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    rows = []
-    for name in names:
-        for case in cases_on(OPS[name], device):
-            say(f"{name} {describe(case)}")
-            rows.append(measure_case(OPS[name], case, stopwatch, peaks, num_rounds=num_rounds, is_compiled=is_compiled))
-    return {"benchmark": "kernels", "device": device, "peaks": peaks, "num_rounds": num_rounds, "rows": rows}
+    rows: list[dict[str, Any]] = []
+    found = {"benchmark": "kernels", "device": device, "peaks": peaks, "num_rounds": num_rounds, "rows": rows}
+    work = [(OPS[name], case) for name in names for case in cases_on(OPS[name], device)]
+    for number, (op, case) in enumerate(work, start=1):
+        say(f"{number} of {len(work)}: {op.name} {describe(case)}")
+        try:
+            row = measure_case(op, case, stopwatch, peaks, num_rounds=num_rounds, is_compiled=is_compiled)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            return found | {"is_interrupted": True}
+        rows.append(row)
+    return found | {"is_interrupted": False}
 
 
 def cases_on(op: Op, device: str) -> list[Case]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 from ..harness.pretrained import locate, quiet
 from .turns import Finished, Turns
@@ -29,6 +31,16 @@ def load_base(workload: Workload, dtype: torch.dtype) -> Any:
     if origin.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(origin.path, **options)
+
+
+def load_tokenizer(workload: Workload) -> Any:
+    """The model's own, or one of two tokens for random weights: the batches hold ids already."""
+    if "init" in workload.model:
+        words = {"<pad>": 0, "<eos>": 1}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    origin = locate(workload.model["path"], key="model.path")
+    return AutoTokenizer.from_pretrained(origin.path, **origin.options())
 
 
 def lora_config(workload: Workload) -> LoraConfig:
@@ -100,7 +112,7 @@ def run_sft(workload: Workload, turns: Turns) -> None:
     A callback waits for each turn; the data loader of the trainer runs outside the measured time.
     """
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Waiting(TrainerCallback):
@@ -120,7 +132,6 @@ def run_sft(workload: Workload, turns: Turns) -> None:
 
     turns.mark_floor()
     model = load_base(workload, torch.bfloat16)
-    origin = locate(workload.model["path"], key="model.path")
     rows = [row.tolist() for n in range(workload.num_batches) for row in workload.batch(n, model.config.vocab_size)]
     with tempfile.TemporaryDirectory(prefix="burnish-bench-") as folder:
         trainer = Observed(
@@ -141,7 +152,7 @@ def run_sft(workload: Workload, turns: Turns) -> None:
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
-            processing_class=AutoTokenizer.from_pretrained(origin.path, **origin.options()),
+            processing_class=load_tokenizer(workload),
             peft_config=lora_config(workload),
             callbacks=[Waiting()],
         )

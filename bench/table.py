@@ -89,4 +89,6 @@ def kernel_table(result: dict[str, Any]) -> str:
         for name, peak in result["peaks"].items()
     )
     notes.append(f"forward and backward, {result['num_rounds']} times in turn, cold caches; peaks measured: {peaks}")
+    if result["is_interrupted"]:
+        notes.append("interrupted: not all operations")
     return "\n".join([aligned(rows), "", *notes])

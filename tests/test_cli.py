@@ -24,7 +24,7 @@ SURFACE = {
         "--modes A,B,...",
         "--baseline MODE",
         "--batch BxT",
-        "--model PATH",
+        "--model MODEL",
         "--profile MODE",
         "--ops A,B,...",
         "--quick",
