@@ -293,7 +293,7 @@ OP = Op(
     make_inputs=_make_inputs,
     cases=(
         {"M": 1, "K": 16, "N": 40, "r": 4, "p": 0.0},
-        {"M": 20, "K": 48, "N": 56, "r": 1, "p": 0.1, "mode": "fast"},
+        {"M": 65, "K": 64, "N": 72, "r": 1, "p": 0.1, "mode": "fast"},
         {"M": 7, "K": 40, "N": 24, "r": 4, "p": 0.1, "bias": True},
         {"M": 7, "K": 40, "N": 24, "r": 8, "p": 0.1, "bias": True, "mode": "fast"},
         {"M": 129, "K": 96, "N": 80, "r": 16, "p": 0.0, "bias": True},

@@ -214,16 +214,34 @@ def _torch(w: Nf4Weight, out: Tensor) -> None:
         out[row : row + rows].copy_(buffer[:count].view(rows, k))
 
 
+def _check(w: Nf4Weight, out: Tensor) -> None:
+    """Raises ValueError where a tensor is too small for the shape: the kernels see nothing but addresses."""
+    data, blocks = w.packed.numel() * w.packed.element_size(), w.num_blocks
+    sizes = {"packed": (data, (w.num_elements + 1) // 2), "absmax": (w.absmax.numel(), blocks)}
+    if w.nested:
+        assert w.code2 is not None
+        assert w.absmax2 is not None
+        sizes["code2"] = (w.code2.numel(), 256)
+        sizes["absmax2"] = (w.absmax2.numel(), -(-blocks // w.blocksize2))
+    for name, (found, needed) in sizes.items():
+        if found < needed:
+            raise ValueError(
+                f"NF4 weight {w.shape}, block size {w.blocksize}: {name} has {found} entries, not {needed}"
+            )
+    if out.shape != w.shape or (out.stride(-1) != 1 and out.shape[-1] > 1):
+        raise ValueError(f"output {tuple(out.shape)} with strides {out.stride()}: need {w.shape} with last stride 1")
+
+
 @torch.no_grad()
 def nf4_dequant(w: Nf4Weight, *, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     """The dense weight [N, K] in `dtype` (default: the weight's own), or written into `out`.
 
-    out [N, K] may be a slice of the columns of a larger buffer: any row stride, last stride 1.
+    out [N, K] may be a slice of the columns of a larger buffer: any row stride, last stride 1. Raises ValueError where
+    a tensor of the weight is smaller than its shape says, or `out` does not fit.
     """
     if out is None:
         out = torch.empty(w.shape, dtype=dtype or w.dtype, device=w.packed.device)
-    assert out.shape == w.shape, (out.shape, w.shape)
-    assert out.stride(-1) == 1 or out.shape[-1] == 1, out.stride()
+    _check(w, out)
     if w.num_elements == 0:
         return out
     backend = backend_of(out)

@@ -5,6 +5,7 @@ number of blocks (weights are given to it as one row), and it flushes denormals 
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -174,6 +175,12 @@ def test_what_is_not_nf4_is_refused():
         nf4_quantize(normal(4, 4), blocksize=48)
     with pytest.raises(ValueError, match="float64"):
         nf4_quantize(normal(4, 4).double())
+    weight = nf4_quantize(normal(8, 64))
+    for change in ({"packed": weight.packed[:-1]}, {"absmax": weight.absmax[:-1]}, {"absmax2": weight.absmax2[:0]}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            nf4_dequant(replace(weight, **change))
+    with pytest.raises(ValueError, match="strides"):
+        nf4_dequant(weight, out=torch.empty(64, 8).t())
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
