@@ -238,6 +238,7 @@ OP = Op(
         {"M": 33, "F": 136, "activation": "quick_gelu", "r": (8, 3), "p": 0.1},
         {"M": 40, "F": 96, "activation": "silu", "r": (130,), "p": 0.1},
         {"M": 129, "F": 300, "activation": "gelu"},
+        {"M": 1025, "F": 24, "activation": "silu", "r": (8,), "p": 0.1},
         {"M": 129, "F": 300, "activation": "silu", "r": (16,), "p": 0.1},
     ),
     kernels=glu_triton.KERNELS,

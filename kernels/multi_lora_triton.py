@@ -164,8 +164,8 @@ def _config(configs: Sequence[Config], num_ranks: int) -> Config:
 
 def _splits(length: int, block: int, num_others: int) -> tuple[int, int]:
     """(number of splits of `length`, length of each as a multiple of `block`)."""
-    blocks = triton.cdiv(length, block)
-    span = triton.cdiv(blocks, min(blocks, triton.cdiv(NUM_PROGRAMS, num_others))) * block
+    blocks = max(1, triton.cdiv(length, block))
+    span = triton.cdiv(blocks, min(blocks, triton.cdiv(NUM_PROGRAMS, max(1, num_others)))) * block
     return triton.cdiv(length, span), span
 
 

@@ -186,7 +186,7 @@ def rope(
     H = x.shape[2] if head_dim is None else x.shape[2] // D
     heads = H if num_heads is None else num_heads
     rotary_dim = cos.shape[-1]
-    if heads > H or x[0, 0].numel() != H * D:
+    if heads > H or x.shape[-1] % D:
         raise ValueError(f"{heads} heads of {D} features do not fit into x {tuple(x.shape)}")
     if rotary_dim % 2 or rotary_dim > min(D, 2 * MAX_HALF) or cos.shape != sin.shape:
         raise ValueError(f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit heads of {D} features")
@@ -233,6 +233,7 @@ OP = Op(
         {"B": 2, "T": 5, "H": 2, "D": 300, "E": 140, "tables": 1},
         {"B": 3, "T": 7, "H": 4, "D": 20, "E": 5, "interleaved": True, "heads": 3},
         {"B": 2, "T": 9, "H": 2, "D": 64, "E": 32, "layout": "heads first", "tables": 1},
+        {"B": 2, "T": 513, "H": 1, "D": 8, "E": 4},
         {"B": 1, "T": 129, "H": 3, "D": 128, "E": 64, "heads": 2},
     ),
     kernels=(
