@@ -308,8 +308,9 @@ def fused(ranks: Sequence[int]) -> dict[str, Any] | None:
     return next((constants for constants in FUSED if max(ranks) <= constants["RANK"]), None)
 
 
-def num_warps(constants: Mapping[str, Any]) -> int:
-    return 8 if constants["RANK"] else 4
+def options(constants: Mapping[str, Any]) -> dict[str, int]:
+    """Compile options that go with these constants."""
+    return {"num_warps": 8 if constants["RANK"] else 4, "num_stages": 2}
 
 
 _SIZES = {"M": "i32", "K": "i32", "R": "i32", "seed": "i64", "offset": "fp32", "eps": "fp32"}
@@ -334,7 +335,8 @@ def kernel_records(*, is_centered: bool) -> tuple[Kernel, ...]:
 
     def configs(constants: Sequence[Mapping[str, Any]]) -> tuple[Config, ...]:
         return tuple(
-            Config({"CENTERED": is_centered, **own}, num_warps(own), 2, own["BM"] * own["BK"]) for own in constants
+            Config({"CENTERED": is_centered, **own}, **options(own), elements=own["BM"] * own["BK"])
+            for own in constants
         )
 
     table = (

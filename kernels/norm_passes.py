@@ -170,7 +170,7 @@ def _forward_triton(
         x_ptr=x, residual_ptr=x if residual is None else residual, y_ptr=y, copies_ptr=y if copies is None else copies,
         s_ptr=y if s is None else s, stride_x=x.stride(0), stride_r=_stride(residual), eps=saved.norm.eps,
         has_residual=int(residual is not None),
-        **_triton_arguments(saved), **_matrices(saved), **constants, num_warps=norm_blocks.num_warps(constants),
+        **_triton_arguments(saved), **_matrices(saved), **constants, **norm_blocks.options(constants),
     )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _backward_triton(
         d_bias_ptr=saved.rstd if partial is None else partial[1], stride_dy=dy.stride(0), stride_dh=_stride(dh),
         has_dh=int(dh is not None), needs_dx=int(dx is not None), needs_affine=int(needs_affine),
         needs_copies=int(needs_a and t is not None),
-        **_triton_arguments(saved), **_matrices(saved), **constants, num_warps=norm_blocks.num_warps(constants),
+        **_triton_arguments(saved), **_matrices(saved), **constants, **norm_blocks.options(constants),
     )  # fmt: skip
     return None if partial is None else total(partial)
 
@@ -211,6 +211,6 @@ def _grad_a_triton(saved: Saved, ds: Tensor, constants: dict[str, Any]) -> Tenso
     partial = saved.rstd.new_empty(splits, ds.shape[1], K)
     norm_blocks.norm_grad_a_kernel[(column_blocks, splits)](
         ds_ptr=ds, partial_ptr=partial, rows_per_split=rows, **_triton_arguments(saved), **constants,
-        num_warps=norm_blocks.num_warps(constants),
+        **norm_blocks.options(constants),
     )  # fmt: skip
     return partial.sum(0).to(h.dtype)
