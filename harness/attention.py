@@ -290,6 +290,8 @@ def _has_kernel(
     """Whether `kernels.attention` computes this call; anything else is for sdpa."""
     if dropout or (mask is not None and not _is_ranges(mask)) or query.device.type != "cpu":
         return False
+    if query.shape[2] == 1 and options.get("softcap") is None:  # one new token: too little work to pay for the blocks
+        return False
     if value.shape != key.shape or key.shape[0] != query.shape[0] or key.shape[-1] != query.shape[-1]:
         return False
     changes_scores = any(isinstance(x, Tensor) and x.is_floating_point() for x in options.values())  # biases, sinks
