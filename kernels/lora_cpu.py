@@ -5,9 +5,12 @@ and dy are read; C++ masks around torch.mm; plain torch. Every function takes a 
 M rows, K inputs, N outputs and R ranks of the group together.
 """
 
+import ctypes
 import functools
 import threading
 from collections.abc import Sequence
+from ctypes import addressof
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,19 +56,20 @@ def _table(
     b: Sequence[Tensor] = (),
     da: Sequence[Tensor | None] = (),
     db: Sequence[Tensor | None] = (),
-) -> Tensor:
-    """The rows of `struct Row` in lora.cpp."""
-
-    def pointer(tensors: Sequence[Tensor | None], j: int) -> int:
-        return tensors[j].data_ptr() if tensors and tensors[j] is not None else 0  # type: ignore[union-attr]
-
-    rows = []
+) -> Any:
+    """The rows of `struct Row` in lora.cpp, as an array whose address is passed."""
+    values: list[int] = []
     for j, (own, where) in enumerate(zip(ranks, columns, strict=True)):
-        grads = [grad for grad in (*da[j : j + 1], *db[j : j + 1]) if grad is not None]
-        is_fp32 = bool(grads) and grads[0].dtype == torch.float32
-        addresses = [pointer(tensors, j) for tensors in (a, b, da, db)]
-        rows.append([*addresses, own.stop - own.start, where.start, where.stop, own.start, int(is_fp32)])
-    return torch.tensor(rows, dtype=torch.int64)
+        for tensors in (a, b, da, db):
+            tensor = tensors[j] if tensors else None
+            values.append(0 if tensor is None else tensor.data_ptr())
+        is_fp32 = any(grads and grads[j] is not None and grads[j].dtype == torch.float32 for grads in (da, db))  # type: ignore[union-attr]
+        values += (own.stop - own.start, where.start, where.stop, own.start, is_fp32)
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (ctypes.c_float * len(values))(*values)
 
 
 def _dropped(x: Tensor, count: int, *, p: float, seed: int, backend: Backend) -> Sequence[Tensor]:
@@ -101,10 +105,22 @@ def shrink(
     """out[:, ranks[j]] = scales[j] * drop_j(x) a_jᵀ for up to three projections; a in the dtype of x."""
     if uses_tiles(x.dtype, backend):
         table = _table(ranks, ranks, a=a)
-        factors = torch.tensor([scale * keep_scale(p) for scale in scales], dtype=torch.float32)
+        factors = _floats([scale * keep_scale(p) for scale in scales])
         M, K = x.shape
         native.call(
-            "lora_shrink", x.dtype, table, factors, len(a), x, x.stride(0), out, out.stride(0), M, K, seed, threshold(p)
+            "lora_shrink",
+            x.dtype,
+            addressof(table),
+            addressof(factors),
+            len(a),
+            x,
+            x.stride(0),
+            out,
+            out.stride(0),
+            M,
+            K,
+            seed,
+            threshold(p),
         )
         return
     for part, own, scale, dropped in zip(
@@ -119,7 +135,7 @@ def expand(
     """y[:, columns[j]] += S_j b_jᵀ."""
     if uses_tiles(y.dtype, backend):
         table = _table(ranks, columns, b=b)
-        native.call("lora_expand", y.dtype, table, len(b), s, s.stride(0), y, y.stride(0), y.shape[0])
+        native.call("lora_expand", y.dtype, addressof(table), len(b), s, s.stride(0), y, y.stride(0), y.shape[0])
         return
     for part, where, own in zip(b, columns, ranks, strict=True):
         y[:, where].addmm_(s[:, own], part.t())
@@ -141,10 +157,21 @@ def grads_b(
     if uses_tiles(dy.dtype, backend):
         grads = [_gradient(part.shape, dtype) for part, dtype in zip(b, dtypes, strict=True)]
         table = _table(ranks, columns, b=b, db=grads)
-        factors = torch.tensor(scales, dtype=torch.float32)
+        factors = _floats(scales)
         stride = 0 if ds is None else ds.stride(0)
         native.call(
-            "lora_ds_db", dy.dtype, table, factors, len(b), dy, dy.stride(0), s, s.stride(0), ds, stride, dy.shape[0]
+            "lora_ds_db",
+            dy.dtype,
+            addressof(table),
+            addressof(factors),
+            len(b),
+            dy,
+            dy.stride(0),
+            s,
+            s.stride(0),
+            ds,
+            stride,
+            dy.shape[0],
         )
         return _cast(grads, dtypes)
     results: list[Tensor | None] = []
@@ -178,7 +205,7 @@ def grads_a(
         table = _table(ranks, ranks, a=a, da=grads)
         stride = 0 if dx is None else dx.stride(0)
         native.call(
-            "lora_dx_da", x.dtype, table, len(a), ds, ds.stride(0), x, x.stride(0), dx, stride, M, K, seed,
+            "lora_dx_da", x.dtype, addressof(table), len(a), ds, ds.stride(0), x, x.stride(0), dx, stride, M, K, seed,
             threshold(p), keep_scale(p),
         )  # fmt: skip
         return _cast(grads, dtypes)

@@ -8,7 +8,9 @@ W is dense or NF4 and gets no gradient. Saved for backward: x (shared) and S [M,
 computed it. Shape letters: M rows, K inputs, N_j outputs (N together), r_j ranks (R together). Masks: see `shrink`.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from . import lora_cpu, lora_gemm, lora_grads
 from .columns import are_adjacent, joined
 from .nf4_dequant import Nf4Weight, nf4_dequant
 from .op import Backend, Case, Op, backend_of, random_normal
+from .product import product
 from .shrink import MAX_LANES, draw_seed, drop, rank_slices
 
 
@@ -69,16 +72,24 @@ def _dense(part: Projection, dtype: torch.dtype) -> Tensor:
 
 
 def _weights(projections: Sequence[Projection], dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
-    """(columns of y, W of these): one pair for all projections where their weights are adjacent rows, else one each."""
-    dense = [_dense(part, dtype).detach() for part in projections]
+    """(columns of y, W of these): one pair for all projections where their weights are adjacent rows, else one each.
+
+    NF4 weights are made in scratch memory, as adjacent rows.
+    """
+    sizes = [part.num_outputs for part in projections]
+    ends = list(itertools.accumulate(sizes))
+    if all(part.quant is not None for part in projections):
+        first = projections[0]
+        shape = (ends[-1], first.a.shape[1])
+        whole = lora_cpu.scratch("weight", shape, dtype, first.a.device)
+        for part, size, end in zip(projections, sizes, ends, strict=True):
+            assert part.quant is not None
+            nf4_dequant(part.quant, out=whole[end - size : end])
+        return [(slice(0, ends[-1]), whole)]
+    dense = [_dense(part, dtype) for part in projections]
     if are_adjacent(dense, dim=0):
-        whole = joined(dense, dim=0)
-        return [(slice(0, whole.shape[0]), whole)]
-    pairs, start = [], 0
-    for weight in dense:
-        pairs.append((slice(start, start + weight.shape[0]), weight))
-        start += weight.shape[0]
-    return pairs
+        return [(slice(0, ends[-1]), joined(dense, dim=0))]
+    return [(slice(end - size, end), weight) for size, end, weight in zip(sizes, ends, dense, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -149,14 +160,14 @@ class _LoraLinear(torch.autograd.Function):
 
 def _like(parameter: Tensor, x: Tensor) -> Tensor:
     """A or B as the products take it: in the dtype of x, contiguous."""
-    return parameter.detach().to(x.dtype).contiguous()
+    return parameter.to(x.dtype).contiguous()
 
 
 def _base(x: Tensor, call: _Call, bias: Sequence[Tensor | None]) -> Tensor:
     """y [M, N] = x Wᵀ + bias."""
     y = x.new_empty(x.shape[0], call.columns[-1].stop)
     for columns, weight in _weights(call.projections, x.dtype):
-        torch.mm(x, weight.t(), out=y[:, columns])
+        product(x, weight.t(), out=y[:, columns])
     for columns, part in zip(call.columns, bias, strict=True):
         if part is not None:
             y[:, columns] += part
@@ -167,7 +178,10 @@ def _base_backward(dy: Tensor, call: _Call) -> Tensor:
     """dx [M, K] = dy W."""
     dx: Tensor | None = None
     for columns, weight in _weights(call.projections, dy.dtype):
-        dx = dy[:, columns] @ weight if dx is None else dx.addmm_(dy[:, columns], weight)
+        if dx is None:
+            dx = product(dy[:, columns], weight, out=dy.new_empty(dy.shape[0], weight.shape[1]))
+        else:
+            dx.addmm_(dy[:, columns], weight)
     assert dx is not None
     return dx
 
@@ -252,7 +266,7 @@ def lora_linear(
         backend=backend_of(flat),
     )
     parameters = [*(q.a for q in projections), *(q.b for q in projections), *(q.bias for q in projections)]
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         y = _LoraLinear.apply(flat, shrunk, call, *parameters)
     return y.view(*x.shape[:-1], start)
 
