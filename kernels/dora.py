@@ -21,6 +21,7 @@ from torch import Tensor
 from . import native
 from .dora_norm import dora_norm, dora_norm_reference
 from .dropout import dropout
+from .lora_grads import lora_grad_a, lora_grads
 from .lora_linear import Projection, lora_linear
 from .nf4_dequant import nf4_dequant, nf4_dequant_reference
 from .nf4_quantize import nf4_quantize
@@ -181,7 +182,7 @@ class _Exact(torch.autograd.Function):
         g = magnitude.to(norm.dtype) / norm
         y = _scale(u, g, bias, torch.sub(x, dropped, out=dropped) @ weight.t(), backend_of(x))
         ctx.projection, ctx.p, ctx.seed, ctx.backend = projection, p, seed, backend_of(x)
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (a, b, magnitude, bias))
+        ctx.dtypes = magnitude.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x, s, u if ctx.needs_input_grad[3] else None, a, b, g, norm)
         return y
 
@@ -192,7 +193,7 @@ class _Exact(torch.autograd.Function):
         needs, scale = ctx.needs_input_grad, ctx.projection.scale
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         du, sums = _scale_backward(dy, u, g, ctx.backend)
-        ds = (du @ b.to(dy.dtype)).mul_(scale)
+        ds, db = lora_grads(du, s, b, scale=scale)
         dx = da = None
         if needs[0]:
             weight = _dense(ctx.projection, dy.dtype)
@@ -200,12 +201,10 @@ class _Exact(torch.autograd.Function):
             through = (du @ weight).addmm_(ds, a.to(dy.dtype)).sub_(dx)
             dx += _dropped(through, ctx.p, ctx.seed)
         if needs[1]:
-            da = ds.t() @ _dropped(x, ctx.p, ctx.seed)
-        db = du.t() @ s if needs[2] else None
-        dmagnitude = sums.div_(norm) if sums is not None else None
-        grads = (da, db, dmagnitude, dy.sum(0) if needs[4] else None)
-        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
-        return dx, *cast, None, None, None, None
+            da = lora_grad_a(ds, x, p=ctx.p, seed=ctx.seed, dtype=a.dtype)
+        dmagnitude = None if sums is None else sums.div_(norm).to(ctx.dtypes[0])
+        dbias = dy.sum(0).to(ctx.dtypes[1]) if needs[4] else None
+        return dx, da, db if needs[2] else None, dmagnitude, dbias, None, None, None, None
 
 
 def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
