@@ -81,6 +81,8 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, *, scale: 
     if softcap is not None:
         return attention_reference(q, k, v, ranges, scale=scale, softcap=softcap)
     mask = _mask_of(ranges, k.shape[1])
+    if q.is_cuda and not mask.is_causal:  # with a mask, CUDA's fast kernels want as many key heads as query heads
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
