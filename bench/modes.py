@@ -14,7 +14,7 @@ class Mode:
     function: str
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps_memory: bool = False
-    """Whether freed memory stays with the process, see launch.allocator."""
+    """Whether freed memory stays with the process, see harness.allocator."""
     is_bf16: bool = True
 
 

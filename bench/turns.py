@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import torch
 
+from ..harness.allocator import keep_freed_memory
+
 STAT, STATUS, CLEAR_REFS = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What resets VmHWM to the present size, proc_pid_clear_refs(5)."""
@@ -25,8 +27,8 @@ class Finished(Exception):  # noqa: N818
 class Turns:
     """begin() waits for a request and starts the clock, end() stops it and answers."""
 
-    def __init__(self, requests: TextIO, answers: TextIO) -> None:
-        self.requests, self.answers = requests, answers
+    def __init__(self, requests: TextIO, answers: TextIO, *, keeps_memory: bool = False) -> None:
+        self.requests, self.answers, self.keeps_memory = requests, answers, keeps_memory
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.floor_bytes = 0
         self.num_begun = 0
@@ -41,6 +43,8 @@ class Turns:
     def ready(self, *, num_trained: int) -> None:
         """Call it before the first begin(): says what was built, and forgets the peak that loading had."""
         loaded = memory("VmRSS", self.device)
+        if self.keeps_memory:
+            keep_freed_memory()
         reset_peak(self.device)
         self._answer(
             {"floor_bytes": self.floor_bytes, "loaded_bytes": loaded, "num_trained": num_trained, "device": self.device}

@@ -18,10 +18,6 @@ def main() -> None:
     answers = own_stdout()
     first = json.loads(sys.stdin.readline())
     mode, workload = MODES[first["mode"]], Workload.from_dict(first["workload"])
-    if mode.keeps_memory:
-        from ..launch.allocator import keep_freed_memory
-
-        keep_freed_memory()
     import torch
 
     from .turns import Finished, Turns
@@ -31,7 +27,7 @@ def main() -> None:
         name_native_calls()
     function: Any = getattr(import_module(mode.module, __package__), mode.function)
     with contextlib.suppress(Finished):
-        function(workload, Turns(sys.stdin, answers), **mode.options)
+        function(workload, Turns(sys.stdin, answers, keeps_memory=mode.keeps_memory), **mode.options)
     # Nothing of a benchmark is worth the seconds that tearing a model down takes.
     answers.close()
     sys.stderr.flush()

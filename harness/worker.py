@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, export, models
+from .allocator import keep_freed_memory
 from .data.loader import Loader, eval_batches
 from .data.prepare import Prepared
 from .data.sampler import Sampler
@@ -108,6 +109,8 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> J
     task = get_task(config.task.type)
     processor = task.load_processor(config)
     model = models.build(plan, prepared.labels)
+    if plan.device == "cpu":
+        keep_freed_memory()  # not before: loading frees more than training needs
     counts = models.parameter_counts(model)
     engine = make_engine(plan, model, world)
     store = Store(prepared.train)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..harness.config import Config
 from ..harness.plan import Plan, Resources
-from .allocator import keep_freed_memory
 from .resources import detect
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ class Session:
 
     def train(self, prepared: "Prepared", *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Hands every event and metrics record to `report`. Returns the worker's summary."""
-        if self.plan.device == "cpu":
-            keep_freed_memory()
         from ..harness.engine import World
         from ..harness.worker import run
 

@@ -162,15 +162,12 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     from ..harness.engine import World
     from ..harness.errors import Interrupted
     from ..harness.worker import run
-    from .allocator import keep_freed_memory
 
     plan = Plan.from_dict(settings["plan"])
     run_dir = RunDir(plan.run_dir)
     if run_dir.fatal_json.exists():
         return {}
     _enter(plan.cwd)
-    if plan.device == "cpu":
-        keep_freed_memory()
     context = ray.train.get_context()
     world = World(
         rank=context.get_world_rank(),

@@ -14,7 +14,6 @@ from burnish.harness.errors import ConfigError, DataError, TrainingError
 from burnish.harness.plan import Resources
 from burnish.harness.run_dir import RunDir
 from burnish.launch import failures, processes, resources, training
-from burnish.launch.allocator import keep_freed_memory
 from burnish.launch.interrupt import Interrupts
 from burnish.launch.tail import Tail
 
@@ -127,14 +126,6 @@ def test_processes_that_do_not_end_by_themselves_are_killed():
     finally:
         parent.kill()
         parent.wait()
-
-
-def test_glibc_accepts_the_allocator_settings():
-    code = "from burnish.launch.allocator import keep_freed_memory as keep; print(keep())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    has_glibc = sys.platform.startswith("linux") and "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
-    assert done.stdout.strip() == str(has_glibc)
-    assert callable(keep_freed_memory)
 
 
 def test_an_error_crosses_processes_with_its_exit_code(tmp_path):
