@@ -48,6 +48,11 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
+def _grad_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which autograd takes the gradient of a parameter: `grad_dtype` (torch 2.10), else its own."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,14 +96,14 @@ class _Norm(torch.autograd.Function):
         )  # fmt: skip
         dx = None if found.dx is None else found.dx.view(h.shape)
         affine = [
-            grad.to(parameter.dtype) if needed and grad is not None and parameter is not None else None
+            grad.to(_grad_dtype(parameter)) if needed and grad is not None and parameter is not None else None
             for grad, parameter, needed in zip(
                 (found.d_gain, found.d_bias), (weight, bias), ctx.needs_input_grad[2:4], strict=True
             )
         ]
         da: list[Tensor | None] = [None] * len(a)
         if found.da is not None:
-            da = [found.da[rows].to(part.dtype) for rows, part in zip(rank_slices(a), a, strict=True)]
+            da = [found.da[rows].to(_grad_dtype(part)) for rows, part in zip(rank_slices(a), a, strict=True)]
         needs = ctx.needs_input_grad
         return dx if needs[0] else None, dx if needs[1] else None, *affine, None, *da
 

@@ -79,7 +79,9 @@ def backward_tiles(
     """
     h, rstd = saved.h, saved.rstd[:, None]
     gain, bias = _affine(saved.norm, saved.weight, saved.bias, h)
-    steps = torch.tensor([s for a, s in zip(lanes.parts, lanes.scales, strict=True) for _ in range(a.shape[0])])
+    steps: Tensor | float = lanes.scales[0]
+    if len(set(lanes.scales)) > 1:
+        steps = torch.tensor([s for a, s in zip(lanes.parts, lanes.scales, strict=True) for _ in range(a.shape[0])])
     scaled = (ds * (rstd * steps)).to(h.dtype)
     grad = None
     if dx is not None:
