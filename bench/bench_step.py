@@ -2,9 +2,11 @@
 
 One fresh process per mode; all stay alive and take one step each in turn, starting with another one every round, so
 that a slow moment of the machine hits all alike. Ratios are of steps of the same round. Before that a check: three
-steps of each mode without dropout, from the same adapter on the same batch, must give the losses of the baseline.
+steps of each mode without dropout, from the same adapter on the same batch, must give the baseline's first loss and
+make it fall as far. The losses in between say little: AdamW's first update is the sign of a gradient that bf16 rounds.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +22,9 @@ MAX_ALIVE = 5
 """Processes at a time; with more modes there are groups, each with the baseline and burnish."""
 NUM_CHECK_STEPS = 3
 LOSS_TOLERANCE = 2.0**-9
-"""Largest relative difference of a loss from the baseline's in the check: the unit roundoff of bf16."""
+"""Largest relative difference of the first loss from the baseline's: the unit roundoff of bf16."""
+FALL_TOLERANCE = 2.0**-3
+"""The same for the fall of the loss over the check. PEFT in bf16 and in fp32 were 2% apart on SmolLM2-135M."""
 
 Say = Callable[[str], None]
 
@@ -106,13 +110,25 @@ def compare_losses(found: Measurement) -> None:
     for row in found.rows.values():
         if row.failure is not None:
             continue
-        pairs = zip(row.check_losses, base.check_losses, strict=True)
-        differences = [abs(own - other) / abs(other) for own, other in pairs]
         if row.built["num_trained"] != base.built["num_trained"]:
             row.void = f"trains {row.built['num_trained']} weights, {base.mode} {base.built['num_trained']}"
-        elif not all(difference <= LOSS_TOLERANCE for difference in differences):  # nan is not
-            shown = ", ".join(f"{difference:.2g}" for difference in differences)
-            row.void = f"losses differ from {base.mode} by {shown}; allowed is {LOSS_TOLERANCE:.2g}"
+        else:
+            row.void = difference(row.check_losses, base.check_losses)
+
+
+def difference(losses: Sequence[float], baseline: Sequence[float]) -> str | None:
+    """In what the losses of a check are not the baseline's; None where they agree."""
+    first = abs(losses[0] - baseline[0]) / abs(baseline[0])
+    falls = losses[0] - losses[-1], baseline[0] - baseline[-1]
+    if not all(map(math.isfinite, losses)):
+        return f"its losses are not finite: {', '.join(f'{loss:g}' for loss in losses)}"
+    if not first <= LOSS_TOLERANCE:
+        return f"its first loss differs by {first:.2g}, allowed is {LOSS_TOLERANCE:.2g}"
+    if not abs(falls[0] - falls[1]) <= FALL_TOLERANCE * abs(falls[1]):
+        return (
+            f"its loss falls by {falls[0]:.4g}, the baseline's by {falls[1]:.4g}; allowed is {FALL_TOLERANCE:.2g} of it"
+        )
+    return None
 
 
 def time_group(modes: Sequence[str], found: Measurement, *, num_steps: int, num_warmup: int, say: Say) -> None:
@@ -164,6 +180,7 @@ def summarise(found: Measurement) -> dict[str, Any]:
         "benchmark": "step",
         "baseline": found.baseline,
         "loss_tolerance": LOSS_TOLERANCE,
+        "fall_tolerance": FALL_TOLERANCE,
         "num_check_steps": NUM_CHECK_STEPS,
         "is_interrupted": found.is_interrupted,
         "others_cores": others_cores(found),

@@ -99,7 +99,7 @@ def run_peft(
         torch.nn.utils.clip_grad_norm_(trained, workload.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        turns.end(float(loss))
+        turns.end(float(loss.detach()))
 
 
 def _autocast(device: str, is_on: bool) -> AbstractContextManager[Any]:
@@ -127,7 +127,7 @@ def run_sft(workload: Workload, turns: Turns) -> None:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            self.last_loss = float(loss)
+            self.last_loss = float(loss.detach())
             return loss
 
     turns.mark_floor()

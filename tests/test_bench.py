@@ -1,14 +1,18 @@
 """The benchmarks: two modes side by side end to end, rows that are void, figures, mistakes."""
 
+import io
 import json
+from importlib import import_module
 
 import pytest
 import tiny
+import torch
 from burnish.bench import bench_step, stats
-from burnish.bench.bench_step import Measurement, Row, compare_losses, groups, measure, summarise
+from burnish.bench.bench_step import LOSS_TOLERANCE, groups, measure, summarise
 from burnish.bench.modes import MODES
 from burnish.bench.pool import WorkerDied
 from burnish.bench.table import step_table
+from burnish.bench.turns import Finished, Turns
 from burnish.bench.workload import Workload
 from burnish.launch.cli import main
 
@@ -33,7 +37,16 @@ def test_two_modes_end_to_end(capsys, tmp_path):
     result = json.loads(out.read_text())
     assert result["baseline"] == "peft-bf16"
     assert len(result["rounds"]) == 3
-    assert {"time", "command", "environment", "config", "workload", "loss_tolerance", "num_warmup"} <= result.keys()
+    assert {
+        "time",
+        "command",
+        "environment",
+        "config",
+        "workload",
+        "loss_tolerance",
+        "fall_tolerance",
+        "num_warmup",
+    } <= result.keys()
     assert {"cpu", "num_cpus", "libraries", "git_commit"} <= result["environment"].keys()
     assert result["workload"]["num_threads"] == 1
     assert result["config"]["adapter"] | {"rank": 16, "alpha": 32.0, "dropout": 0.05} == result["config"]["adapter"]
@@ -46,6 +59,57 @@ def test_two_modes_end_to_end(capsys, tmp_path):
         assert row["peak_bytes"] > row["floor_bytes"] > MEBIBYTE
         assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
         assert len(row["ratio"]["samples"]) == 3
+
+
+def answers_of(mode, workload, *requests):
+    """What the mode answers to the requests, in this process."""
+    answers = io.StringIO()
+    turns = Turns(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), answers)
+    found = MODES[mode]
+    function = getattr(import_module(found.module, "burnish.bench"), found.function)
+    with pytest.raises(Finished):
+        function(workload, turns, **found.options)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    model = tiny.save_model(tmp_path_factory.mktemp("bench") / "model")
+    return Workload(model={"path": str(model)}, num_sequences=4, length=32, rank=4, num_threads=torch.get_num_threads())
+
+
+@pytest.fixture
+def restored_environment(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("restored_environment")
+@pytest.mark.parametrize("mode", ["peft", "peft-bf16", "sft", "burnish", "burnish-unfused"])
+def test_every_mode_takes_the_same_step(small, mode):
+    """The losses are those of PEFT in fp32."""
+    step = {"do": "step"}
+    expected = [answer["loss"] for answer in answers_of("fp32", small.for_check(), step, step, step)[1:]]
+    built, *answers = answers_of(mode, small.for_check(), step, step, step)
+    assert built["num_trained"] == small.rank * 2 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert [answer["loss"] for answer in answers] == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    assert expected[-1] < expected[0]
+
+
+def test_random_weights_of_a_shape_need_no_file(restored_environment):
+    shape = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    workload = Workload(model={"init": shape}, length=16, num_threads=torch.get_num_threads()).for_check()
+    losses = [answers_of(mode, workload, {"do": "step"})[1]["loss"] for mode in ("peft-bf16", "sft", "burnish")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=LOSS_TOLERANCE)
+
+
+def test_a_profile_names_operations_and_their_shapes(small):
+    *_, answer = answers_of("peft-bf16", small, {"do": "profile", "rows": 40})
+    assert "aten::mm" in answer["profile"]
+    assert "[[" in answer["profile"]
 
 
 class FakeWorker:
@@ -85,30 +149,30 @@ def rows_of(result):
     return {row["mode"]: row for row in result["rows"]}
 
 
-def test_a_mode_with_another_loss_is_void_and_gets_no_ratio(monkeypatch):
-    other = [3.0, 2.9, 2.8 * 1.01]
+OTHER_LOSSES = {
+    "another start": [3.03, 2.9, 2.8],
+    "a smaller fall": [3.0, 2.9, 2.83],
+    "a larger fall": [3.0, 2.9, 2.77],
+    "no fall": [3.0, 3.0, 3.0],
+    "not a number": [3.0, float("nan"), 2.8],
+    "not finite at the end": [3.0, 2.9, float("inf")],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_a_mode_with_other_losses_is_void_and_gets_no_ratio(monkeypatch, name):
     result, _ = fake(
         monkeypatch,
         peft={"losses": GOOD, "time_s": 2.0},
-        burnish={"losses": other, "time_s": 0.1},
-        peft_bf16={"losses": [3.0, 2.9, 2.801], "time_s": 1.0},
+        burnish={"losses": OTHER_LOSSES[name], "time_s": 0.1},
+        peft_bf16={"losses": [3.001, 2.88, 2.81], "time_s": 1.0},
     )
     rows = rows_of(result)
     assert rows["burnish"]["state"] == "void"
-    assert "ratio" not in rows["burnish"]
-    assert "tokens_per_s" not in rows["burnish"]
+    assert not {"ratio", "tokens_per_s"} & rows["burnish"].keys()
     assert rows["peft-bf16"]["ratio"]["median"] == 2.0
     line = next(line for line in step_table(result).splitlines() if line.startswith("burnish "))
     assert line.split() == ["burnish", "void"]
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_is_void(loss):
-    found = Measurement(Workload(), "peft", {"peft": Row("peft"), "sft": Row("sft")})
-    for row, losses in zip(found.rows.values(), (GOOD, [3.0, loss, 2.8]), strict=True):
-        row.built, row.check_losses = {"num_trained": 1}, losses
-    compare_losses(found)
-    assert found.rows["sft"].void is not None
 
 
 def test_a_mode_that_trains_fewer_weights_is_void(monkeypatch):
