@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
     BertConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -61,6 +62,7 @@ VIT = ViTConfig(
 T5 = T5Config(
     vocab_size=64, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, pad_token_id=0, decoder_start_token_id=0
 )
+BART_SIZES = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 NUM_TOKENS = 21
 
 
@@ -158,6 +160,15 @@ def test_vit_gives_the_same_logits_and_gradients(calls):
     inputs = {"pixel_values": torch.randn(2, 3, 12, 12)}
     assert_equal(results(fast, inputs), results(plain, inputs))
     assert calls == {"attention": 2, "sdpa_attention_forward": 0}
+
+
+def test_bart_gives_the_same_logits_and_gradients_across_encoder_and_decoder(calls):
+    sizes = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in BART_SIZES.items()}
+    config = BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, dropout=0.0, **sizes)
+    plain, fast = pair(AutoModelForSeq2SeqLM, config)
+    inputs = {"input_ids": ids(), "attention_mask": padding("right"), "decoder_input_ids": ids(3, 8)}
+    assert_equal(results(fast, inputs), results(plain, inputs))
+    assert calls == {"attention": 6, "sdpa_attention_forward": 0}
 
 
 def test_t5_falls_back_because_of_its_position_bias(calls):
