@@ -11,8 +11,8 @@ computed it. Shape letters: M rows, K inputs, N_j outputs (N together), r_j rank
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from .shrink import MAX_LANES, draw_seed, drop, rank_slices
 class Projection:
     """One frozen linear with its low-rank update: weight [N, K] with any strides, bias [N] or None, a [r, K], b [N, r].
 
-    With `quant` the dense weight is made from it when needed and `weight` is not read.
+    With `quant` the dense weight is made from it when needed and `weight` is not read. With `packed` [N, K + room]
+    `weight` is its first K columns, and the others are room where lora_linear puts B: see `pack`.
     """
 
     weight: Tensor
@@ -38,10 +39,42 @@ class Projection:
     b: Tensor
     scale: float
     quant: Nf4Weight | None = None
+    packed: Tensor | None = None
 
     @property
     def num_outputs(self) -> int:
         return self.b.shape[0]
+
+
+def pack(projections: Sequence[Projection]) -> list[Projection]:
+    """The projections with copies of their weights as rows of one matrix [N, K + R], with room for every B.
+
+    On a GPU the forward of the group is then one product of the vendor's library, [x | S] [W | B]ᵀ.
+    """
+    first, sizes = projections[0].weight, [part.num_outputs for part in projections]
+    room = -(-sum(part.a.shape[0] for part in projections) // 8) * 8
+    whole = first.new_zeros(sum(sizes), first.shape[1] + room)
+    packed = []
+    for part, rows in zip(projections, whole.split(sizes), strict=True):
+        weight = rows[:, : first.shape[1]].copy_(part.weight.detach())
+        packed.append(replace(part, weight=weight, packed=rows))
+    return packed
+
+
+FUSED_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
+"""Compute capabilities where the Triton GEMM was measured to beat the vendor's library with separate kernels."""
+
+
+def _strategy(call: "_Call", x: Tensor) -> Literal["augmented", "fused", "separate"]:
+    """How the base product and the low-rank update are put together."""
+    if call.backend != "triton":
+        return "separate"
+    packed = [part.packed for part in call.projections if part.packed is not None]
+    if len(packed) == len(call.projections) and packed[0].dtype == x.dtype and are_adjacent(packed, dim=0):
+        return "augmented" if packed[0].shape[1] >= x.shape[1] + call.ranks[-1].stop else "separate"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) in FUSED_CAPABILITIES:
+        return "fused"
+    return "separate"
 
 
 def lane_of(j: int, seed: int) -> tuple[int, int]:
@@ -123,9 +156,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, s: Tensor | None, call: _Call, *parameters: Any) -> Tensor:
         count = len(call.projections)
         a, b, bias = parameters[:count], parameters[count : 2 * count], parameters[2 * count :]
-        y = _base(x, call, bias)
         low = _shrink(x, a, call) if s is None else s
-        _expand(y, low, [_like(part, x) for part in b], call)
+        y = FORWARD[_strategy(call, x)](x, low, [_like(part, x) for part in b], bias, call)
         ctx.call, ctx.has_s = call, s is not None
         ctx.save_for_backward(None if s is not None else x, low, *a, *b)
         return y
@@ -140,7 +172,6 @@ class _LoraLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         needs_a, needs_b, needs_bias = (needs[3 + i * count : 3 + (i + 1) * count] for i in range(3))
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        dx = _base_backward(dy, call) if needs[0] else None
         wants_ds = needs[1] if ctx.has_s else needs[0] or any(needs_a)
         ds = torch.empty_like(low) if wants_ds else None
         grads_b = lora_grads.grads_b(
@@ -149,8 +180,14 @@ class _LoraLinear(torch.autograd.Function):
             dtypes=[_grad_dtype(part) if wanted else None for part, wanted in zip(b, needs_b, strict=True)],
         )  # fmt: skip
         grads_a: list[Tensor | None] = [None] * count
-        if not ctx.has_s and ds is not None:
-            grads_a = _grads_a(ds, x, a, dx, call, needs_a)
+        if needs[0] and not ctx.has_s and count <= MAX_LANES and _strategy(call, dy) == "fused":
+            assert ds is not None
+            dx: Tensor | None = _fused_backward(dy, ds, [_like(part, dy) for part in a], call)
+            grads_a = _grads_a(ds, x, a, None, call, needs_a)
+        else:
+            dx = _base_backward(dy, call) if needs[0] else None
+            if not ctx.has_s and ds is not None:
+                grads_a = _grads_a(ds, x, a, dx, call, needs_a)
         grads_bias = [
             dy[:, columns].sum(0).to(_grad_dtype(part.bias)) if wanted and part.bias is not None else None
             for part, columns, wanted in zip(call.projections, call.columns, needs_bias, strict=True)
@@ -163,15 +200,61 @@ def _like(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.to(x.dtype).contiguous()
 
 
-def _base(x: Tensor, call: _Call, bias: Sequence[Tensor | None]) -> Tensor:
-    """y [M, N] = x Wᵀ + bias."""
+def _separate(x: Tensor, s: Tensor, b: Sequence[Tensor], bias: Sequence[Tensor | None], call: _Call) -> Tensor:
+    """y = x Wᵀ + bias, then the update in place."""
     y = x.new_empty(x.shape[0], call.columns[-1].stop)
     for columns, weight in _weights(call.projections, x.dtype):
         product(x, weight.t(), out=y[:, columns])
+    _add_bias(y, bias, call)
+    if call.backend != "triton":
+        lora_cpu.expand(y, s, b, columns=call.columns, ranks=call.ranks, backend=call.backend)
+        return y
+    for part, columns, ranks in zip(b, call.columns, call.ranks, strict=True):
+        lora_gemm.expand(y[:, columns], s, [part], ranks=[ranks], turned=True)
+    return y
+
+
+def _augmented(x: Tensor, s: Tensor, b: Sequence[Tensor], bias: Sequence[Tensor | None], call: _Call) -> Tensor:
+    """y = [x | S] [W | B]ᵀ + bias with the B in the room of the packed weights, block by block."""
+    whole = joined([part.packed for part in call.projections if part.packed is not None], dim=0)
+    K, R = x.shape[1], s.shape[1]
+    wide = lora_cpu.scratch("augmented", (x.shape[0], whole.shape[1]), x.dtype, x.device)
+    wide[:, :K], wide[:, K : K + R], wide[:, K + R :] = x, s, 0
+    whole[:, K:] = 0
+    for part, columns, ranks in zip(b, call.columns, call.ranks, strict=True):
+        whole[columns, K + ranks.start : K + ranks.stop] = part
+    y = torch.mm(wide, whole.t())
+    _add_bias(y, bias, call)
+    return y
+
+
+def _fused(x: Tensor, s: Tensor, b: Sequence[Tensor], bias: Sequence[Tensor | None], call: _Call) -> Tensor:
+    """The Triton GEMM with the update inside, for every projection."""
+    y = x.new_empty(x.shape[0], call.columns[-1].stop)
+    for j, part in enumerate(call.projections):
+        weight, ranks = _dense(part, x.dtype), [call.ranks[j]]
+        weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        lora_gemm.gemm(x, weight, s, [b[j]], out=y[:, call.columns[j]], ranks=ranks, turned=True, bias=bias[j])
+    return y
+
+
+FORWARD = {"separate": _separate, "augmented": _augmented, "fused": _fused}
+
+
+def _fused_backward(dy: Tensor, ds: Tensor, a: Sequence[Tensor], call: _Call) -> Tensor:
+    """dx by the Triton GEMM, the low-rank part inside."""
+    (_, weight), *others = _weights(call.projections, dy.dtype)
+    weight = torch.cat([weight, *(part for _, part in others)]) if others else weight
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    lora_gemm.gemm(dy, weight, ds, a, out=dx, ranks=call.ranks, turned=False, p=call.p, seed=call.seed)
+    return dx
+
+
+def _add_bias(y: Tensor, bias: Sequence[Tensor | None], call: _Call) -> None:
     for columns, part in zip(call.columns, bias, strict=True):
         if part is not None:
             y[:, columns] += part
-    return y
 
 
 def _base_backward(dy: Tensor, call: _Call) -> Tensor:
@@ -196,15 +279,6 @@ def _shrink(x: Tensor, a: Sequence[Tensor], call: _Call) -> Tensor:
         else:
             lora_cpu.shrink(x, parts, scales, out=s, ranks=ranks, p=call.p, seed=seed, backend=call.backend)
     return s
-
-
-def _expand(y: Tensor, s: Tensor, b: Sequence[Tensor], call: _Call) -> None:
-    """y_j += S_j B_jᵀ."""
-    if call.backend != "triton":
-        lora_cpu.expand(y, s, b, columns=call.columns, ranks=call.ranks, backend=call.backend)
-        return
-    for part, columns, ranks in zip(b, call.columns, call.ranks, strict=True):
-        lora_gemm.expand(y[:, columns], s, [part], ranks=[ranks], turned=True)
 
 
 def _grads_a(
@@ -253,6 +327,7 @@ def lora_linear(
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     shrunk = None if s is None else s.reshape(-1, s.shape[-1]).to(dtype)
+    shrunk = shrunk if shrunk is None or shrunk.stride(-1) == 1 else shrunk.contiguous()
     columns, start = [], 0
     for part in projections:
         columns.append(slice(start, start + part.num_outputs))

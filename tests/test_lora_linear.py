@@ -1,10 +1,13 @@
 """lora_linear beyond the common cases: masks, ranks, strides, groups, frozen inputs, NF4, PEFT's dtypes, its GEMM."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from burnish.kernels import lora_cpu, lora_gemm, native
+from burnish.kernels import lora_linear as module
 from burnish.kernels.lora_grads import lora_grad_a, lora_grads
-from burnish.kernels.lora_linear import Projection, lane_of, lora_linear, lora_linear_reference
+from burnish.kernels.lora_linear import Projection, lane_of, lora_linear, lora_linear_reference, pack
 from burnish.kernels.nf4_dequant import nf4_dequant
 from burnish.kernels.nf4_quantize import nf4_quantize
 from burnish.kernels.op import use_backend
@@ -331,3 +334,33 @@ def test_the_triton_gemm_holds_the_low_rank_update(p, turned, count):
         out=out, ranks=ranks, turned=turned, bias=bias, p=p, seed=SEED,
     )  # fmt: skip
     assert_close([out], [expected])
+
+
+def changed(projections, **fields):
+    return [replace(part, **{name: values[j] for name, values in fields.items()}) for j, part in enumerate(projections)]
+
+
+@pytest.mark.parametrize("r", [4, 16])
+def test_packed_weights_take_b_into_the_product(r):
+    x = torch.randn(9, 32)
+    projections = group(24, 8, K=32, r=r, bias=True)
+    packed = pack(group(24, 8, K=32, r=16, bias=True))
+    packed = changed(packed, **{name: [getattr(q, name) for q in projections] for name in ("a", "b", "bias")})
+    expected = gradients(lora_linear_reference, x, projections, p=0.1, seed=SEED)
+    with use_backend("triton"):
+        lora_linear(x, pack(group(24, 8, K=32, r=16)))
+        assert_close(gradients(lora_linear, x, packed, p=0.1, seed=SEED), expected)
+        assert_close(gradients(lora_linear, x, packed, p=0.1, seed=SEED), expected)
+    assert packed[0].packed[:24, 32:].any()
+    assert_close(gradients(lora_linear, x, packed, p=0.1, seed=SEED), expected)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_the_fused_strategy_gives_the_same(monkeypatch, p, adjacent):
+    x = torch.randn(9, 32)
+    projections = group(24, 8, K=32, bias=True, adjacent=adjacent)
+    expected = gradients(lora_linear_reference, x, projections, p=p, seed=SEED)
+    monkeypatch.setattr(module, "_strategy", lambda call, x: "fused")
+    with use_backend("triton"):
+        assert_close(gradients(lora_linear, x, projections, p=p, seed=SEED), expected)
