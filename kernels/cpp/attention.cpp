@@ -32,21 +32,25 @@ typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 
 constexpr i64 SUB = 32;
-constexpr i64 KEYS = 128;            // keys of a block; in the forward between two rescalings
-constexpr i64 MAX_ROWS = 128;        // query rows of a block, backward
-constexpr i64 FORWARD_ROWS = 64;     // query rows of a block, forward
-constexpr i64 CHAIN = 64;             // floats added in a row: shorter chains round less
+constexpr i64 KEYS = 128;         // keys of a block; in the forward between two rescalings
+constexpr i64 MAX_ROWS = 128;     // query rows of a block, backward
+constexpr i64 FORWARD_ROWS = 64;  // query rows of a block, forward
+constexpr i64 CHAIN = 64;         // floats added in a row: shorter chains round less
 constexpr float LOG2E = 1.44269504f;
-constexpr float LOWEST = -1e30f;     // below every score, and finite: differences of it are no NaN
+constexpr float LOWEST = -1e30f;  // below every score, and finite: differences of it are no NaN
 
 i64 padded(i64 n) { return (n + SUB - 1) / SUB * SUB; }
 
-template <class V, class P> inline V load(const P* p) {
+template <class V, class P>
+inline V load(const P* p) {
     V v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
-template <class V, class P> inline void store(P* p, V v) { std::memcpy(p, &v, sizeof v); }
+template <class V, class P>
+inline void store(P* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 
 // 2^x with 2 ulp for x <= 127, 2^-126 below that; NaN gives NaN.
@@ -110,9 +114,11 @@ void product(const float* A, i64 lda, const float* B, i64 ldb, float* C, i64 ldc
     for (i64 k = 0; k < K; k += CHAIN, A += CHAIN, B += CHAIN * ldb, add = true) {
         i64 n = 0, some = std::min(CHAIN, K - k);
         for (; n + WIDE <= N; n += WIDE)
-            for (i64 m = 0; m < M; m += 4) float_tile<4, COLUMNS>(A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, some, add);
+            for (i64 m = 0; m < M; m += 4)
+                float_tile<4, COLUMNS>(A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, some, add);
         for (; n < N; n += LANES)
-            for (i64 m = 0; m < M; m += 8) float_tile<8, 1>(A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, some, add);
+            for (i64 m = 0; m < M; m += 8)
+                float_tile<8, 1>(A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, some, add);
     }
 }
 
@@ -206,7 +212,8 @@ struct Tiles {
 };
 
 // out [columns][rows] = in [rows][columns] of 32-bit words, both multiples of 16.
-template <class W> void transpose(const W* in, i64 ldi, W* out, i64 ldo, i64 rows, i64 columns) {
+template <class W>
+void transpose(const W* in, i64 ldi, W* out, i64 ldo, i64 rows, i64 columns) {
     for (i64 r = 0; r < rows; r += 16)
         for (i64 c = 0; c < columns; c += 16) {
             const W* from = in + r * ldi + c;
@@ -224,7 +231,8 @@ template <class W> void transpose(const W* in, i64 ldi, W* out, i64 ldo, i64 row
                     a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
                 }
             for (int i = 0; i < 4; i++) {  // a[4n + i]: column i of each quarter, of rows 4n to 4n + 3
-                __m512i even = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+                __m512i even = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88),
+                        odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
                 __m512i even2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
                 __m512i odd2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
                 _mm512_storeu_si512(to + i * ldo, _mm512_shuffle_i32x4(even, even2, 0x88));
@@ -241,7 +249,8 @@ template <class W> void transpose(const W* in, i64 ldi, W* out, i64 ldo, i64 row
 
 // Engines: what operands are made of. `Element` lies in rows, `Word` is PACK elements along k, PAD pads head dims.
 
-template <class W> struct Operand {
+template <class W>
+struct Operand {
     const W* data;
     i64 ld;
 };
@@ -299,14 +308,21 @@ struct Bf16Engine {
 };
 #endif
 
-template <class T> struct EngineOf { using type = FloatEngine; };
+template <class T>
+struct EngineOf {
+    using type = FloatEngine;
+};
 #ifdef __AVX512BF16__
-template <> struct EngineOf<bf16> { using type = Bf16Engine; };
+template <>
+struct EngineOf<bf16> {
+    using type = Bf16Engine;
+};
 #endif
 
 // The problem: what is where.
 
-template <class T> struct Tensor4 {  // [batch][position][head][D], last stride 1
+template <class T>
+struct Tensor4 {  // [batch][position][head][D], last stride 1
     T* data;
     i64 batch, position, head;
     T* row(i64 b, i64 t, i64 h) const { return data + b * batch + t * position + h * head; }
@@ -318,13 +334,23 @@ struct Problem {
     float scale, softcap;
 
     Problem(const i64* sizes, const int32_t* ranges, float scale, float softcap)
-        : B(sizes[0]), T(sizes[1]), S(sizes[2]), H(sizes[3]), Hk(sizes[4]), D(sizes[5]), ranges(ranges), scale(scale),
+        : B(sizes[0]),
+          T(sizes[1]),
+          S(sizes[2]),
+          H(sizes[3]),
+          Hk(sizes[4]),
+          D(sizes[5]),
+          ranges(ranges),
+          scale(scale),
           softcap(softcap) {}
     i64 group() const { return H / Hk; }
     float factor() const { return softcap > 0 ? LOG2E : scale * LOG2E; }  // of a score, in the exponent of 2
 };
 
-template <class T> Tensor4<T> tensor(T* data, const i64* strides) { return {data, strides[0], strides[1], strides[2]}; }
+template <class T>
+Tensor4<T> tensor(T* data, const i64* strides) {
+    return {data, strides[0], strides[1], strides[2]};
+}
 
 // Query rows [begin, end) of all heads that share key head `kh`; they see only keys in [base, base + keys).
 struct Unit {
@@ -366,7 +392,8 @@ struct Rows {
     i64 count, size;  // size: padded
     i64 head[MAX_ROWS], position[MAX_ROWS];
     alignas(64) int32_t low[MAX_ROWS], high[MAX_ROWS];
-    int32_t min_low[MAX_ROWS / LANES], max_low[MAX_ROWS / LANES], min_high[MAX_ROWS / LANES], max_high[MAX_ROWS / LANES];
+    int32_t min_low[MAX_ROWS / LANES], max_low[MAX_ROWS / LANES], min_high[MAX_ROWS / LANES],
+        max_high[MAX_ROWS / LANES];
     i64 first, last;  // keys that any row sees, in multiples of SUB
 
     bool is_one_head;
@@ -410,7 +437,8 @@ struct Rows {
 };
 
 // Calls work(rows) for the blocks of a unit: `block` rows of one head, or of several heads where a head has fewer.
-template <class F> void for_blocks(const Problem& p, const Unit& u, i64 block, F work) {
+template <class F>
+void for_blocks(const Problem& p, const Unit& u, i64 block, F work) {
     i64 length = u.end - u.begin, all = length * p.group();
     if (length < block)
         for (i64 start = 0; start < all; start += block) work(Rows(p, u, start, std::min(block, all - start)));
@@ -424,14 +452,16 @@ struct Arena {
     char *memory, *next;
     explicit Arena(i64 bytes) : memory((char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64)), next(memory) {}
     ~Arena() { std::free(memory); }
-    template <class E> E* take(i64 n) {
+    template <class E>
+    E* take(i64 n) {
         E* piece = (E*)next;
         next += (n * (i64)sizeof(E) + 63) / 64 * 64;
         return piece;
     }
 };
 
-template <class E> inline void convert(const E* in, E* out, i64 n) {
+template <class E>
+inline void convert(const E* in, E* out, i64 n) {
     constexpr i64 LINE = 64 / sizeof(E);
     i64 i = 0;
     for (; i + LINE <= n; i += LINE) std::memcpy((void*)(out + i), in + i, 64);
@@ -448,13 +478,15 @@ inline void convert(const float* in, bf16* out, i64 n) {
     for (; i < n; i++) out[i] = from_float<bf16>(in[i]);
 }
 
-template <class T, class E> void take_row(const T* in, E* out, i64 D, i64 width) {
+template <class T, class E>
+void take_row(const T* in, E* out, i64 D, i64 width) {
     convert(in, out, D);
     if (width > D) std::memset((void*)(out + D), 0, (width - D) * sizeof(E));
 }
 
 // The unit's rows of k or v -> [keys][width], zero in the padding.
-template <class T, class E> void take_keys(const Tensor4<T>& x, const Unit& u, i64 S, E* out, i64 D, i64 width) {
+template <class T, class E>
+void take_keys(const Tensor4<T>& x, const Unit& u, i64 S, E* out, i64 D, i64 width) {
     i64 count = std::min(u.keys, S - u.base);
     for (i64 s = 0; s < count; s++) take_row(x.row(u.b, u.base + s, u.kh), out + s * width, D, width);
     std::memset((void*)(out + count * width), 0, (u.keys - count) * width * sizeof(E));
@@ -479,7 +511,8 @@ void words_along_columns(const Operand<typename X::Element>& in, i64 size, i64 w
 
 // [keys][width] -> [width][keys], `ld` elements apart; spare holds SUB * width words.
 template <class X>
-void transpose_keys(const typename X::Element* in, typename X::Element* out, i64 ld, i64 keys, i64 width, typename X::Word* spare) {
+void transpose_keys(const typename X::Element* in, typename X::Element* out, i64 ld, i64 keys, i64 width,
+                    typename X::Word* spare) {
     for (i64 s = 0; s < keys; s += SUB) {
         auto words = X::words_along_rows(in + s * width, width, SUB, width, spare);
         transpose(words.data, words.ld, (typename X::Word*)out + s / X::PACK, ld / X::PACK, SUB / X::PACK, width);
@@ -488,7 +521,8 @@ void transpose_keys(const typename X::Element* in, typename X::Element* out, i64
 
 // [width][ld] transposed and stored as the block's rows of `x`.
 template <class T>
-void store_rows(const Tensor4<T>& x, const Unit& u, const Rows& r, const float* in, i64 ld, float* spare, i64 D, i64 width) {
+void store_rows(const Tensor4<T>& x, const Unit& u, const Rows& r, const float* in, i64 ld, float* spare, i64 D,
+                i64 width) {
     transpose(in, ld, spare, width, width, r.size);
     for (i64 i = 0; i < r.count; i++) convert(spare + i * width, x.row(u.b, r.position[i], r.head[i]), D);
 }
@@ -505,7 +539,8 @@ void cap_scores(float* scores, i64 ld, i64 keys, i64 rows, const Problem& p) {
 
 // Scores [keys][rows] of one group of lanes -> words of weights; returns what earlier sums are multiplied by.
 template <class X, bool ALL>
-inline vec weigh(const float* scores, typename X::Word* weights, i64 ld, const Rows& r, i64 g, i64 key, i64 keys, float factor, vec& m, vec& sum) {
+inline vec weigh(const float* scores, typename X::Word* weights, i64 ld, const Rows& r, i64 g, i64 key, i64 keys,
+                 float factor, vec& m, vec& sum) {
     vec least = vec{} + LOWEST, top[4] = {least, least, least, least};
     i64 from = ALL ? 0 : std::clamp<i64>(r.min_low[g] - key, 0, keys) / 4 * 4;
     i64 to = ALL ? keys : std::max(from, (std::clamp<i64>(r.max_high[g] - key, 0, keys) + 3) / 4 * 4);
@@ -531,7 +566,8 @@ inline vec weigh(const float* scores, typename X::Word* weights, i64 ld, const R
     return shrink;
 }
 
-template <class X> struct ForwardMemory {
+template <class X>
+struct ForwardMemory {
     using E = typename X::Element;
     using W = typename X::Word;
     E *k, *v, *vt, *q;
@@ -540,8 +576,9 @@ template <class X> struct ForwardMemory {
     i64 ld;  // of vt: not a multiple of a page, whose lines would share cache sets
 
     static i64 bytes(i64 keys, i64 width) {
-        return sizeof(E) * (2 * keys * width + width * (keys + 64) + 3 * FORWARD_ROWS * width) + sizeof(W) * SUB * width +
-               (sizeof(float) + sizeof(W)) * KEYS * FORWARD_ROWS + 8 * FORWARD_ROWS * width + 4096;
+        return sizeof(E) * (2 * keys * width + width * (keys + 64) + 3 * FORWARD_ROWS * width) +
+               sizeof(W) * SUB * width + (sizeof(float) + sizeof(W)) * KEYS * FORWARD_ROWS + 8 * FORWARD_ROWS * width +
+               4096;
     }
     ForwardMemory(Arena& arena, i64 keys, i64 width) : ld(keys + 64) {
         k = arena.take<E>(keys * width), v = arena.take<E>(keys * width), vt = arena.take<E>(width * ld);
@@ -553,7 +590,8 @@ template <class X> struct ForwardMemory {
 };
 
 template <class T, class X>
-void forward_block(const Problem& p, const Unit& u, const Rows& r, const ForwardMemory<X>& s, const Tensor4<const T>& q, const Tensor4<T>& o, float* lse, i64 width) {
+void forward_block(const Problem& p, const Unit& u, const Rows& r, const ForwardMemory<X>& s, const Tensor4<const T>& q,
+                   const Tensor4<T>& o, float* lse, i64 width) {
     constexpr i64 LD = FORWARD_ROWS;
     i64 groups = r.size / LANES;
     vec m[LD / LANES], sum[LD / LANES];
@@ -567,8 +605,9 @@ void forward_block(const Problem& p, const Unit& u, const Rows& r, const Forward
         for (i64 g = 0; g < groups; g++) {
             const float* scores = s.scores + g * LANES;
             typename X::Word* weights = s.weights + g * LANES;
-            vec shrink = r.sees_all(g, key, keys) ? weigh<X, true>(scores, weights, LD, r, g, key, keys, p.factor(), m[g], sum[g])
-                                                  : weigh<X, false>(scores, weights, LD, r, g, key, keys, p.factor(), m[g], sum[g]);
+            vec shrink = r.sees_all(g, key, keys)
+                             ? weigh<X, true>(scores, weights, LD, r, g, key, keys, p.factor(), m[g], sum[g])
+                             : weigh<X, false>(scores, weights, LD, r, g, key, keys, p.factor(), m[g], sum[g]);
             if (key == r.first) continue;
             for (i64 d = 0; d < width; d++) {
                 float* out = s.out + d * LD + g * LANES;
@@ -585,7 +624,8 @@ void forward_block(const Problem& p, const Unit& u, const Rows& r, const Forward
         }
         for (i64 i = g * LANES; i < std::min(r.count, (g + 1) * LANES); i++) {
             float total = sum[g][i % LANES];
-            lse[(u.b * p.H + r.head[i]) * p.T + r.position[i]] = total == 0 ? INFINITY : m[g][i % LANES] + std::log2(total);
+            lse[(u.b * p.H + r.head[i]) * p.T + r.position[i]] =
+                total == 0 ? INFINITY : m[g][i % LANES] + std::log2(total);
         }
     }
     store_rows(o, u, r, s.out, LD, s.rows, p.D, width);
@@ -593,9 +633,11 @@ void forward_block(const Problem& p, const Unit& u, const Rows& r, const Forward
 
 i64 width_of(const Problem& p, i64 pad) { return (p.D + pad - 1) / pad * pad; }
 
-// Backward. With P the weights, dP = dO v^T and delta = sum(dO * o): dS = P (dP - delta), dv = P^T dO, dk = dS^T q, dq = dS k.
+// Backward. With P the weights, dP = dO v^T and delta = sum(dO * o): dS = P (dP - delta), dv = P^T dO, dk = dS^T q, dq
+// = dS k.
 
-template <class X> struct BackwardMemory {
+template <class X>
+struct BackwardMemory {
     using E = typename X::Element;
     using W = typename X::Word;
     E *k, *v, *kt, *q, *g, *weights, *slopes;
@@ -605,7 +647,8 @@ template <class X> struct BackwardMemory {
 
     static i64 bytes(i64 keys, i64 width) {
         return sizeof(E) * (2 * keys * width + width * (keys + 64) + 6 * MAX_ROWS * width + 2 * SUB * MAX_ROWS) +
-               sizeof(W) * (SUB * width + KEYS * MAX_ROWS) + sizeof(float) * (2 * SUB * MAX_ROWS + 2 * MAX_ROWS * width) + 4096;
+               sizeof(W) * (SUB * width + KEYS * MAX_ROWS) +
+               sizeof(float) * (2 * SUB * MAX_ROWS + 2 * MAX_ROWS * width) + 4096;
     }
     BackwardMemory(Arena& arena, i64 keys, i64 width) : ld(keys + 64) {
         k = arena.take<E>(keys * width), v = arena.take<E>(keys * width), kt = arena.take<E>(width * ld);
@@ -621,7 +664,8 @@ template <class X> struct BackwardMemory {
 
 // SUB keys x one group of lanes: scores and dp -> weights and slopes (dS * scale).
 template <class X, bool ALL>
-inline void differentiate(const BackwardMemory<X>& s, const Problem& p, const Rows& r, i64 g, i64 key, i64 at, vec lse, vec delta) {
+inline void differentiate(const BackwardMemory<X>& s, const Problem& p, const Rows& r, i64 g, i64 key, i64 at, vec lse,
+                          vec delta) {
     constexpr i64 LD = MAX_ROWS;
     float factor = p.factor(), uncap = p.softcap > 0 ? 1 / p.softcap : 0;
     for (i64 j = 0; j < SUB; j += 2) {
@@ -641,13 +685,16 @@ inline void differentiate(const BackwardMemory<X>& s, const Problem& p, const Ro
     }
 }
 
-template <class X> struct RowValues {  // of the rows of a block
+template <class X>
+struct RowValues {  // of the rows of a block
     alignas(64) float lse[MAX_ROWS], delta[MAX_ROWS];
 };
 
 // KEYS keys of a block from `key`: adds to dk and dv, writes slope_words for dq.
 template <class X>
-void backward_keys(const Problem& p, const Rows& r, const BackwardMemory<X>& s, const RowValues<X>& values, const Operand<typename X::Word>& qr, const Operand<typename X::Word>& gr, float* dk, float* dv, i64 key, i64 keys, i64 width) {
+void backward_keys(const Problem& p, const Rows& r, const BackwardMemory<X>& s, const RowValues<X>& values,
+                   const Operand<typename X::Word>& qr, const Operand<typename X::Word>& gr, float* dk, float* dv,
+                   i64 key, i64 keys, i64 width) {
     constexpr i64 LD = MAX_ROWS, STEP = SUB / LANES;
     for (i64 at = 0; at < keys; at += SUB) {
         i64 here = key + at, from = r.size / LANES, to = 0;
@@ -655,7 +702,8 @@ void backward_keys(const Problem& p, const Rows& r, const BackwardMemory<X>& s, 
             if (!r.sees_none(g, here, SUB)) from = std::min(from, g / STEP * STEP), to = g / STEP * STEP + STEP;
         for (i64 g = 0; g < r.size / LANES; g++)
             if (g < from || g >= to)
-                for (i64 j = 0; j < SUB; j += 2) X::keep_words(s.slope_words + (at + j) / X::PACK * LD + g * LANES, LD, vec{}, vec{});
+                for (i64 j = 0; j < SUB; j += 2)
+                    X::keep_words(s.slope_words + (at + j) / X::PACK * LD + g * LANES, LD, vec{}, vec{});
         if (from >= to) continue;
         i64 i = from * LANES, rows = (to - from) * LANES;
         product(s.k + here * width, width, s.qt + i, LD, s.scores + i, LD, SUB, rows, width, false);
@@ -663,22 +711,28 @@ void backward_keys(const Problem& p, const Rows& r, const BackwardMemory<X>& s, 
         if (p.softcap > 0) cap_scores(s.scores + i, LD, SUB, rows, p);
         for (i64 g = from; g < to; g++) {
             vec lse = load<vec>(values.lse + g * LANES), delta = load<vec>(values.delta + g * LANES);
-            if (r.sees_all(g, here, SUB)) differentiate<X, true>(s, p, r, g, here, at, lse, delta);
-            else differentiate<X, false>(s, p, r, g, here, at, lse, delta);
+            if (r.sees_all(g, here, SUB))
+                differentiate<X, true>(s, p, r, g, here, at, lse, delta);
+            else
+                differentiate<X, false>(s, p, r, g, here, at, lse, delta);
         }
-        product(s.weights + i, LD, gr.data + i / X::PACK * gr.ld, gr.ld, dv + here * width, width, SUB, width, rows, true);
-        product(s.slopes + i, LD, qr.data + i / X::PACK * qr.ld, qr.ld, dk + here * width, width, SUB, width, rows, true);
+        product(s.weights + i, LD, gr.data + i / X::PACK * gr.ld, gr.ld, dv + here * width, width, SUB, width, rows,
+                true);
+        product(s.slopes + i, LD, qr.data + i / X::PACK * qr.ld, qr.ld, dk + here * width, width, SUB, width, rows,
+                true);
     }
 }
 
-template <class T> struct BackwardTensors {
+template <class T>
+struct BackwardTensors {
     Tensor4<const T> q, k, v, o, g;
     Tensor4<T> dq, dk, dv;
     const float* lse;
 };
 
 template <class T, class X>
-void backward_block(const Problem& p, const Unit& u, const Rows& r, const BackwardMemory<X>& s, const BackwardTensors<T>& x, float* dk, float* dv, i64 width) {
+void backward_block(const Problem& p, const Unit& u, const Rows& r, const BackwardMemory<X>& s,
+                    const BackwardTensors<T>& x, float* dk, float* dv, i64 width) {
     constexpr i64 LD = MAX_ROWS;
     RowValues<X> values;
     for (i64 i = 0; i < r.size; i++) {
@@ -694,7 +748,8 @@ void backward_block(const Problem& p, const Unit& u, const Rows& r, const Backwa
     auto q = rows_of(x.q, u, r, s.q, p.D, width), g = rows_of(x.g, u, r, s.g, p.D, width);
     words_along_columns<X>(q, r.size, width, s.qt, LD);
     words_along_columns<X>(g, r.size, width, s.gt, LD);
-    auto qr = X::words_along_rows(q.data, q.ld, r.size, width, s.qr), gr = X::words_along_rows(g.data, g.ld, r.size, width, s.gr);
+    auto qr = X::words_along_rows(q.data, q.ld, r.size, width, s.qr),
+         gr = X::words_along_rows(g.data, g.ld, r.size, width, s.gr);
     if (r.first == r.last) std::memset(s.dq, 0, sizeof(float) * width * LD);
     for (i64 key = r.first; key < r.last; key += KEYS) {
         i64 keys = std::min(KEYS, r.last - key);
@@ -705,17 +760,21 @@ void backward_block(const Problem& p, const Unit& u, const Rows& r, const Backwa
 }
 
 // Sums of a unit that has all queries -> dk or dv; keys outside the unit have none.
-template <class T> void store_keys(const Problem& p, const Tensor4<T>& x, const Unit& u, const float* sums, i64 width) {
+template <class T>
+void store_keys(const Problem& p, const Tensor4<T>& x, const Unit& u, const float* sums, i64 width) {
     for (i64 s = 0; s < p.S; s++) {
         T* to = x.row(u.b, s, u.kh);
-        if (s >= u.base && s < u.base + u.keys) convert(sums + (s - u.base) * width, to, p.D);
-        else std::fill(to, to + p.D, from_float<T>(0.f));
+        if (s >= u.base && s < u.base + u.keys)
+            convert(sums + (s - u.base) * width, to, p.D);
+        else
+            std::fill(to, to + p.D, from_float<T>(0.f));
     }
 }
 
 // The same where several units hold a part: `parts` of those of one batch row and key head, in the order of the units.
 template <class T>
-void store_parts(const Problem& p, const Tensor4<T>& x, const std::vector<Unit>& units, const float* parts, i64 b, i64 kh, i64 width) {
+void store_parts(const Problem& p, const Tensor4<T>& x, const std::vector<Unit>& units, const float* parts, i64 b,
+                 i64 kh, i64 width) {
     std::vector<Unit> own;
     for (const Unit& u : units)
         if (u.b == b && u.kh == kh) own.push_back(u);
@@ -735,7 +794,8 @@ void store_parts(const Problem& p, const Tensor4<T>& x, const std::vector<Unit>&
 
 // sizes: B T S H Hk D; strides: (batch, position, head) of q, k, v, o, in elements. lse [B, H, T] in powers of 2.
 template <class T>
-static void attention_forward_impl(const T* q, const T* k, const T* v, const int32_t* ranges, T* o, float* lse, const i64* sizes, const i64* strides, float scale, float softcap) {
+static void attention_forward_impl(const T* q, const T* k, const T* v, const int32_t* ranges, T* o, float* lse,
+                                   const i64* sizes, const i64* strides, float scale, float softcap) {
     using X = typename EngineOf<T>::type;
     Problem p(sizes, ranges, scale, softcap);
     i64 width = width_of(p, X::PAD);
@@ -758,16 +818,22 @@ static void attention_forward_impl(const T* q, const T* k, const T* v, const int
         }
     }
 }
-EXPORT(attention_forward, (const T* q, const T* k, const T* v, const int32_t* ranges, T* o, float* lse, const i64* sizes, const i64* strides, float scale, float softcap), (q, k, v, ranges, o, lse, sizes, strides, scale, softcap))
+EXPORT(attention_forward,
+       (const T* q, const T* k, const T* v, const int32_t* ranges, T* o, float* lse, const i64* sizes,
+        const i64* strides, float scale, float softcap),
+       (q, k, v, ranges, o, lse, sizes, strides, scale, softcap))
 
 // strides: of q, k, v, o, g (gradient of o), dq, dk, dv.
 template <class T>
-static void attention_backward_impl(const T* q, const T* k, const T* v, const T* o, const T* g, const int32_t* ranges, const float* lse, T* dq, T* dk, T* dv, const i64* sizes, const i64* strides, float scale, float softcap) {
+static void attention_backward_impl(const T* q, const T* k, const T* v, const T* o, const T* g, const int32_t* ranges,
+                                    const float* lse, T* dq, T* dk, T* dv, const i64* sizes, const i64* strides,
+                                    float scale, float softcap) {
     using X = typename EngineOf<T>::type;
     Problem p(sizes, ranges, scale, softcap);
     i64 width = width_of(p, X::PAD);
-    BackwardTensors<T> x{tensor(q, strides), tensor(k, strides + 3), tensor(v, strides + 6), tensor(o, strides + 9), tensor(g, strides + 12),
-                         tensor(dq, strides + 15), tensor(dk, strides + 18), tensor(dv, strides + 21), lse};
+    BackwardTensors<T> x{tensor(q, strides),       tensor(k, strides + 3),   tensor(v, strides + 6),
+                         tensor(o, strides + 9),   tensor(g, strides + 12),  tensor(dq, strides + 15),
+                         tensor(dk, strides + 18), tensor(dv, strides + 21), lse};
     std::vector<Unit> units = units_of(p, MAX_ROWS);
     i64 count = units.size(), keys = most_keys(units), all = units.back().offset + units.back().keys;
     bool is_whole = count == p.B * p.Hk;
@@ -778,17 +844,20 @@ static void attention_backward_impl(const T* q, const T* k, const T* v, const T*
         Tiles tiles;
         Arena arena(BackwardMemory<X>::bytes(keys, width) + (is_whole ? 8 * keys * width + 128 : 0));
         BackwardMemory<X> s(arena, keys, width);
-        float *own_k = arena.take<float>(is_whole ? keys * width : 0), *own_v = arena.take<float>(is_whole ? keys * width : 0);
+        float *own_k = arena.take<float>(is_whole ? keys * width : 0),
+              *own_v = arena.take<float>(is_whole ? keys * width : 0);
 #pragma omp for schedule(dynamic, 1)
         for (i64 n = 0; n < count; n++) {
             const Unit& u = units[count - 1 - n];
-            float *part_k = is_whole ? own_k : parts + u.offset * width, *part_v = is_whole ? own_v : part_k + all * width;
+            float *part_k = is_whole ? own_k : parts + u.offset * width,
+                  *part_v = is_whole ? own_v : part_k + all * width;
             std::memset(part_k, 0, u.keys * width * sizeof(float));
             std::memset(part_v, 0, u.keys * width * sizeof(float));
             take_keys(x.k, u, p.S, s.k, p.D, width);
             take_keys(x.v, u, p.S, s.v, p.D, width);
             transpose_keys<X>(s.k, s.kt, s.ld, u.keys, width, s.spare);
-            for_blocks(p, u, MAX_ROWS, [&](const Rows& r) { backward_block<T, X>(p, u, r, s, x, part_k, part_v, width); });
+            for_blocks(p, u, MAX_ROWS,
+                       [&](const Rows& r) { backward_block<T, X>(p, u, r, s, x, part_k, part_v, width); });
             if (!is_whole) continue;
             store_keys(p, x.dk, u, part_k, width);
             store_keys(p, x.dv, u, part_v, width);
@@ -800,4 +869,7 @@ static void attention_backward_impl(const T* q, const T* k, const T* v, const T*
         }
     }
 }
-EXPORT(attention_backward, (const T* q, const T* k, const T* v, const T* o, const T* g, const int32_t* ranges, const float* lse, T* dq, T* dk, T* dv, const i64* sizes, const i64* strides, float scale, float softcap), (q, k, v, o, g, ranges, lse, dq, dk, dv, sizes, strides, scale, softcap))
+EXPORT(attention_backward,
+       (const T* q, const T* k, const T* v, const T* o, const T* g, const int32_t* ranges, const float* lse, T* dq,
+        T* dk, T* dv, const i64* sizes, const i64* strides, float scale, float softcap),
+       (q, k, v, o, g, ranges, lse, dq, dk, dv, sizes, strides, scale, softcap))
