@@ -2,8 +2,9 @@
 
     h = x + residual,  y = norm(h),  S = [scale_j * drop_j(y) A_jᵀ]
 
-Saved for backward: h (x where there is no residual), the statistics of its rows, weight, bias and the A_j; and S, which
-its consumer saves too. Shape letters: M rows, K features, R ranks together. See `norm_passes` for the formulas.
+Saved for backward: h (x where there is no residual), the statistics of its rows, weight, bias and the A_j; for the
+Triton kernels also S, which its consumer saves anyway. See `norm_passes` for the formulas.
+Shape letters: M rows, K features, R ranks together.
 """
 
 from dataclasses import dataclass
