@@ -4,6 +4,7 @@ Shapes are the record's bench_cases: whole on a GPU, cut to what a small model h
 cold caches. An operation whose results are wrong on the case at hand gets no ratio.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..kernels.registry import OPS
 from .op_runs import Run, in_dtype, mistake, tensors_of
 from .stats import paired_ratios, quantiles
 from .stopwatch import Stopwatch
+from .turns import others_s
 
-CPU_LIMITS = {"B": 4, "T": 256, "S": 256, "M": 1024, "K": 576, "N": 1536, "F": 1536, "V": 49152, "shapes": 576}
+CPU_LIMITS = {"B": 4, "T": 512, "S": 512, "M": 1024, "K": 576, "N": 1536, "F": 1536, "V": 49152, "shapes": 576}
 """Largest value of a shape letter on a CPU: SmolLM2-135M on 4x256 tokens."""
 CPU_PARTS = 64
 """Most entries of a shape letter that stands for many tensors."""
@@ -36,6 +38,7 @@ def measure(names: Sequence[str], *, num_rounds: int, is_compiled: bool, say: Sa
     peaks = {str(dtype)[6:]: stopwatch.peaks(dtype) for dtype in (torch.bfloat16, torch.float32)}
     rows: list[dict[str, Any]] = []
     found = {"benchmark": "kernels", "device": device, "peaks": peaks, "num_rounds": num_rounds, "rows": rows}
+    start_s, start_others_s = time.perf_counter(), others_s()
     work = [(OPS[name], case) for name in names for case in cases_on(OPS[name], device)]
     for number, (op, case) in enumerate(work, start=1):
         say(f"{number} of {len(work)}: {op.name} {describe(case)}")
@@ -44,9 +47,10 @@ def measure(names: Sequence[str], *, num_rounds: int, is_compiled: bool, say: Sa
         except KeyboardInterrupt:
             if not rows:
                 raise
-            return found | {"is_interrupted": True}
+            break
         rows.append(row)
-    return found | {"is_interrupted": False}
+    others_cores = max(0.0, (others_s() - start_others_s) / (time.perf_counter() - start_s))
+    return found | {"others_cores": others_cores, "is_interrupted": len(rows) < len(work)}
 
 
 def cases_on(op: Op, device: str) -> list[Case]:
@@ -56,7 +60,11 @@ def cases_on(op: Op, device: str) -> list[Case]:
 
 
 def smaller(case: Case) -> Case:
-    return {key: limited(value, CPU_LIMITS[key]) if key in CPU_LIMITS else value for key, value in case.items()}
+    """The case within CPU_LIMITS; `offsets`, which cut the M rows into parts, shrink with M."""
+    found = {key: limited(value, CPU_LIMITS[key]) if key in CPU_LIMITS else value for key, value in case.items()}
+    if "offsets" in case:
+        found["offsets"] = tuple(row * found["M"] // case["M"] for row in case["offsets"])
+    return found
 
 
 def limited(value: Any, limit: int) -> Any:

@@ -15,7 +15,6 @@ class Mode:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps_memory: bool = False
     """Whether freed memory stays with the process, see harness.allocator."""
-    is_bf16: bool = True
 
 
 def _peft(summary: str, *, keeps_memory: bool = False, **options: Any) -> Mode:

@@ -51,14 +51,20 @@ def step_table(result: dict[str, Any]) -> str:
         f"{work['num_threads']} threads of {machine['cpu']}; peak: resident memory while training, "
         "floor: before the model is loaded"
     )
+    return "\n".join([aligned(rows), "", *notes, *doubts(result)])
+
+
+def doubts(result: dict[str, Any]) -> list[str]:
+    """What to hold against the figures."""
+    found = []
     if result["others_cores"] > BUSY:
-        notes.append(
+        found.append(
             f"other processes used {result['others_cores']:.2f} cores meanwhile: "
             "the times are too long and the ratios uncertain"
         )
     if result["is_interrupted"]:
-        notes.append("interrupted: fewer steps than asked for")
-    return "\n".join([aligned(rows), "", *notes])
+        found.append("interrupted: not all that was asked for")
+    return found
 
 
 def kernel_table(result: dict[str, Any]) -> str:
@@ -89,6 +95,4 @@ def kernel_table(result: dict[str, Any]) -> str:
         for name, peak in result["peaks"].items()
     )
     notes.append(f"forward and backward, {result['num_rounds']} times in turn, cold caches; peaks measured: {peaks}")
-    if result["is_interrupted"]:
-        notes.append("interrupted: not all operations")
-    return "\n".join([aligned(rows), "", *notes])
+    return "\n".join([aligned(rows), "", *notes, *doubts(result)])

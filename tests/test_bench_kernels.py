@@ -87,6 +87,23 @@ def test_a_compiler_that_fails_leaves_the_row_without_that_ratio(monkeypatch):
     kernel_table(result)
 
 
+def test_an_interruption_keeps_the_rows_there_are(monkeypatch):
+    calls = []
+
+    def interrupted(op, *_, **__):
+        calls.append(op.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"op": op.name, "case": "", "state": "void", "reason": "for a test"}
+
+    monkeypatch.setattr(bench_kernels, "OPS", {"one": replace(DROPOUT, name="one"), "two": DROPOUT})
+    monkeypatch.setattr(bench_kernels, "measure_case", interrupted)
+    result = bench_kernels.measure(["one", "two"], num_rounds=2, is_compiled=False, say=lambda _: None)
+    assert result["is_interrupted"]
+    assert [row["op"] for row in result["rows"]] == ["one"]
+    assert "interrupted" in kernel_table(result)
+
+
 def test_saved_bytes_count_what_backward_needs_without_the_inputs():
     x = torch.randn(8, 8, requires_grad=True)
     assert bench_kernels.saved_bytes(Run.prepare(lambda x: x.exp(), {"x": x})) == 8 * 8 * 4
@@ -98,6 +115,8 @@ def test_the_cases_for_a_cpu_can_be_made_and_are_small(name):
     op = OPS[name]
     cases = bench_kernels.cases_on(op, "cpu")
     assert cases
+    for case in cases:
+        op.make_inputs(case, op.dtypes[0], "cpu", torch.Generator().manual_seed(0))
     assert all(isinstance(bench_kernels.describe(case), str) for case in cases)
     for of in (op.num_bytes, op.num_flops):
         assert all(0 < of(case) < 1e12 for case in cases) if of else True
