@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..kernels import native
 from .bnb import adamw_8bit
 from .config import Adafactor, Adamw, Config, Rmsprop, Sgd
 
@@ -31,7 +32,13 @@ def parameter_groups(named_params: Iterable[tuple[str, torch.nn.Parameter]], wei
 
 
 def _adamw(groups: Groups, options: Adamw) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
+    """Our own on a CPU with a C++ compiler, else torch's. The results and the state are the same."""
+    numbers: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps}
+    if all(native.supports(param) for group in groups for param in group["params"]):
+        from ..kernels.adapter_adamw import AdapterAdamW
+
+        return AdapterAdamW(groups, **numbers)
+    return torch.optim.AdamW(groups, **numbers, fused=True)
 
 
 def _sgd(groups: Groups, options: Sgd) -> torch.optim.Optimizer:

@@ -58,7 +58,7 @@ class AdapterAdamW(torch.optim.Optimizer):
     `max_grad_norm` > 0 clips by the norm of all gradients, leaves everything alone where that is not finite, and puts
     it into `grad_norm`; float("inf") only measures. `state_bits` 8 keeps moments as bytes, with the maxima of blocks
     of 256 in `exp_avg_max` and `exp_avg_sq_max`, for parameters of 4096 elements or more.
-    Raises ValueError for a parameter that is not fp32.
+    `step` raises ValueError for a parameter that is not fp32; ZeRO puts its fp32 partitions in after construction.
     """
 
     def __init__(
@@ -76,9 +76,6 @@ class AdapterAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.max_grad_norm, self.state_bits = max_grad_norm, state_bits
         self.grad_norm: Tensor | None = None
-        dtypes = {param.dtype for group in self.param_groups for param in group["params"]}
-        if dtypes - {torch.float32}:
-            raise ValueError(f"AdapterAdamW updates fp32 parameters, not {dtypes - {torch.float32}}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -100,6 +97,8 @@ class AdapterAdamW(torch.optim.Optimizer):
     def _segment(self, param: Tensor) -> Segment:
         state, grad = self.state[param], param.grad
         assert grad is not None
+        if param.dtype != torch.float32:
+            raise ValueError(f"AdapterAdamW updates fp32 parameters, not {param.dtype}")
         if grad.is_sparse:
             raise RuntimeError("AdapterAdamW does not take sparse gradients")
         if not state:

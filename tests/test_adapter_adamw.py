@@ -213,8 +213,10 @@ def test_8_bit_state_survives_a_checkpoint():
 
 
 def test_parameters_of_another_dtype_are_refused():
-    with pytest.raises(ValueError, match="fp32 parameters, not"):
-        AdapterAdamW([torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))])
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"fp32 parameters, not torch\.bfloat16"):
+        AdapterAdamW([param]).step()
 
 
 def test_a_closure_is_called_with_gradients_and_its_loss_returned():

@@ -2,6 +2,8 @@ import pytest
 import torch
 from burnish.harness.config import Config
 from burnish.harness.optimizers import OPTIMIZERS, make_optimizer
+from burnish.kernels import native
+from burnish.kernels.adapter_adamw import AdapterAdamW
 from engine_cases import make_config
 
 
@@ -38,6 +40,17 @@ def test_8_bit_adamw_keeps_uint8_moments_and_follows_fp32_adamw():
     assert found == pytest.approx(exact, rel=0.02)
     state = next(iter(optimizer.state.values()))
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+
+
+def test_adamw_is_the_same_with_and_without_a_compiler(monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C++ compiler")
+    found, optimizer = fit("adamw", steps=10)
+    monkeypatch.setattr(native, "library", lambda: None)
+    expected, plain = fit("adamw", steps=10)
+    assert type(plain) is torch.optim.AdamW
+    assert type(optimizer) is AdapterAdamW
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
