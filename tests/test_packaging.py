@@ -23,8 +23,11 @@ NOT_IMPORTED = {
     "tensorboard": "torch.utils.tensorboard writes with it",
 }
 """Requirements that our sources do not import, and who does."""
-OPTIONAL = {"trl"}
-"""Imported where it is installed: a mode of the benchmark that `pip install burnish[dev]` brings."""
+OTHERS_BRING = {
+    "tokenizers": "transformers requires it",
+    "trl": "a mode of the benchmark, imported where it is asked for; the extra `dev` brings it",
+}
+"""Modules that our sources import and that are no requirement of their own."""
 
 
 def packages_in_tree():
@@ -84,7 +87,7 @@ def imported():
                     found |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
                     found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - OPTIONAL
+    return found - set(sys.stdlib_module_names) - OTHERS_BRING.keys()
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_used():
