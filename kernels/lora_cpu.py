@@ -17,8 +17,10 @@ from torch import Tensor
 
 from . import native
 from .op import Backend
-from .shrink import LEVELS, hash_bits, keep_scale, threshold
+from .shrink import LEVELS, MAX_LANES, hash_bits, keep_scale, threshold
 
+MAX_PROJECTIONS = 64
+"""Of one call of the C++."""
 _local = threading.local()
 
 
@@ -58,6 +60,7 @@ def _table(
     db: Sequence[Tensor | None] = (),
 ) -> Any:
     """The rows of `struct Row` in lora.cpp, as an array whose address is passed."""
+    assert len(ranks) <= (MAX_LANES if a else MAX_PROJECTIONS), len(ranks)
     values: list[int] = []
     for j, (own, where) in enumerate(zip(ranks, columns, strict=True)):
         for tensors in (a, b, da, db):
