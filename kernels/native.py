@@ -37,15 +37,17 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None)
 
     The caller keeps strides and lifetimes right: the function sees nothing but addresses.
     """
-    _function(f"{name}_{SUFFIX[dtype]}")(*map(_argument, arguments))
+    function = _function(f"{name}_{SUFFIX[dtype]}")
+    if function.argtypes is None:
+        function.argtypes = [_kind(value) for value in arguments]
+    function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
 
 
-def _argument(value: Tensor | int | float | None) -> object:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+def _kind(value: Tensor | int | float | None) -> type:
+    """The C type of a parameter: each takes one kind of argument in all calls."""
+    if isinstance(value, Tensor) or value is None:
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(value, float) else ctypes.c_int64
 
 
 @functools.cache

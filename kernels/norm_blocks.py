@@ -80,18 +80,13 @@ def _add_s(total, y, a, bits, dropped, LANE: tl.constexpr):
     return tl.dot(kept, tl.trans(a), total, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def norm_forward_kernel(
-    x_ptr, residual_ptr, h_ptr, weight_ptr, bias_ptr, y_ptr, rstd_ptr, mean_ptr, copies_ptr, s_ptr,
-    a0_ptr, a1_ptr, a2_ptr,
-    M, K, R, stride_x, stride_r, stride_h, eps, offset, has_residual, has_weight, has_bias, rounds,
-    r0, r1, r2, c0, c1, c2, lanes, seed, dropped,
-    CENTERED: tl.constexpr, HAS_LANES: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+@triton.jit
+def _statistics(
+    x_ptr, residual_ptr, h_ptr, rows, M, K, stride_x, stride_r, stride_h, has_residual,
+    CENTERED: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """h = x + residual, y [M, K], rstd and mean [M], and S [M, R] or the masked copies [lanes, M, K]."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    """(mean, squares) [BM] of the rows of h = x + residual, which is stored where there is a residual."""
     here = (rows < M)[:, None]
-    keys = row_keys(rows, seed)
     mean = tl.zeros([BM], tl.float32)
     squares = tl.zeros([BM], tl.float32)
     for start in range(0, K, BK):
@@ -114,6 +109,24 @@ def norm_forward_kernel(
             mean += (own - mean) * weight
         else:
             squares += tl.sum(value * value, 1)
+    return mean, squares
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def norm_forward_kernel(
+    x_ptr, residual_ptr, h_ptr, weight_ptr, bias_ptr, y_ptr, rstd_ptr, mean_ptr, copies_ptr, s_ptr,
+    a0_ptr, a1_ptr, a2_ptr,
+    M, K, R, stride_x, stride_r, stride_h, eps, offset, has_residual, has_weight, has_bias, rounds,
+    r0, r1, r2, c0, c1, c2, lanes, seed, dropped,
+    CENTERED: tl.constexpr, HAS_LANES: tl.constexpr, RANK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """h = x + residual, y [M, K], rstd and mean [M], and S [M, R] or the masked copies [lanes, M, K]."""
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    here = (rows < M)[:, None]
+    keys = row_keys(rows, seed)
+    mean, squares = _statistics(
+        x_ptr, residual_ptr, h_ptr, rows, M, K, stride_x, stride_r, stride_h, has_residual, CENTERED, BM, BK
+    )
     rstd = 1.0 / tl.sqrt(squares / K + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
     if CENTERED:
@@ -162,6 +175,36 @@ def _add_product(grad, ds, a, bits, dropped, LANE: tl.constexpr):
     return grad + _masked(tl.dot(ds, a, input_precision="ieee"), bits, dropped, LANE)
 
 
+@triton.jit
+def _expand_copies(grad, y, t_place, stride_t, lanes, bits, dropped, inside, stored):
+    """grad + Σ mask∘t over the lanes; in their place the masked y is left where `stored`."""
+    for lane in tl.static_range(3):
+        if lane < lanes:
+            place = t_place + lane * stride_t
+            t = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            grad += _masked(t, bits, dropped, lane)
+            narrow = y.to(t_place.dtype.element_ty).to(tl.float32)
+            tl.store(place, _masked(narrow, bits, dropped, lane), mask=stored)
+    return grad
+
+
+@triton.jit
+def _sum_of_products(one_ptr, other_ptr, total, rows, ranks, M, R, RANK: tl.constexpr):
+    """total + the sums of the rows of one∘other, both [M, R]."""
+    for start in range(0, R, RANK):
+        place = rows[:, None] * R + start + ranks[None, :]
+        inside = (rows < M)[:, None] & (start + ranks < R)[None, :]
+        one = tl.load(one_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(one * tl.load(other_ptr + place, mask=inside, other=0.0).to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def _store_sum(place, value, inside, here):
+    """The sums of the columns of a block."""
+    tl.store(place, tl.sum(tl.where(inside, value, 0.0), 0), mask=here)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def norm_backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, bias_ptr, rstd_ptr, mean_ptr, t_ptr, ds_ptr, s_ptr, a0_ptr, a1_ptr, a2_ptr,
@@ -191,11 +234,7 @@ def norm_backward_kernel(
         ds1 = _load_ds(ds_ptr, rows, ranks, r0, r1, M, R, c1)
         ds2 = _load_ds(ds_ptr, rows, ranks, r0 + r1, r2, M, R, c2)
         if not CENTERED:
-            for start in range(0, R, RANK):
-                place = rows[:, None] * R + start + ranks[None, :]
-                inside = here & (start + ranks < R)[None, :]
-                ds = tl.load(ds_ptr + place, mask=inside, other=0.0).to(tl.float32)
-                slope += tl.sum(ds * tl.load(s_ptr + place, mask=inside, other=0.0).to(tl.float32), 1)
+            slope = _sum_of_products(ds_ptr, s_ptr, slope, rows, ranks, M, R, RANK)
     for stage in tl.static_range(2):
         for start in range(0, K, BK):
             cols = start + tl.arange(0, BK)
@@ -208,38 +247,30 @@ def norm_backward_kernel(
             if HAS_LANES and (stage == 1 or CENTERED or RANK == 0):
                 bits = _bits(keys, cols, dropped, BM, BK)
                 if RANK > 0:
-                    a0 = _load_a(a0_ptr, ranks, cols, r0, K)
-                    a1 = _load_a(a1_ptr, ranks, cols, r1, K)
-                    a2 = _load_a(a2_ptr, ranks, cols, r2, K)
-                    grad = _add_product(grad, ds0, a0, bits, dropped, 0)
+                    grad = _add_product(grad, ds0, _load_a(a0_ptr, ranks, cols, r0, K), bits, dropped, 0)
                     if lanes > 1:
-                        grad = _add_product(grad, ds1, a1, bits, dropped, 1)
+                        grad = _add_product(grad, ds1, _load_a(a1_ptr, ranks, cols, r1, K), bits, dropped, 1)
                     if lanes > 2:
-                        grad = _add_product(grad, ds2, a2, bits, dropped, 2)
+                        grad = _add_product(grad, ds2, _load_a(a2_ptr, ranks, cols, r2, K), bits, dropped, 2)
                 else:
                     y = gain[None, :] * _narrow(xhat, rounds, dx_ptr) + bias[None, :]
-                    y = y.to(dx_ptr.dtype.element_ty).to(tl.float32)
-                    for lane in tl.static_range(3):
-                        if lane < lanes:
-                            t_place = t_ptr + lane * (M.to(tl.int64) * K) + place
-                            t = tl.load(t_place, mask=inside, other=0.0).to(tl.float32)
-                            grad += _masked(t, bits, dropped, lane)
-                            if stage == 1:
-                                kept = _masked(y, bits, dropped, lane)
-                                tl.store(t_place, kept, mask=inside & (cols < K * needs_copies)[None, :])
+                    stored = inside & (cols < K * needs_copies * stage)[None, :]
+                    grad = _expand_copies(
+                        grad, y, t_ptr + place, M.to(tl.int64) * K, lanes, bits, dropped, inside, stored
+                    )
             if stage == 0:
                 shift += tl.sum(tl.where(inside, grad * gain[None, :], 0.0), 1)
                 slope += tl.sum(grad * gain[None, :] * xhat, 1)
             else:
                 if needs_affine != 0:
-                    summed = tl.sum(tl.where(inside, grad * _narrow(xhat, rounds, dx_ptr), 0.0), 0)
-                    tl.store(d_gain_ptr + pid * K + cols, summed, mask=cols < K)
-                    tl.store(d_bias_ptr + pid * K + cols, tl.sum(tl.where(inside, grad, 0.0), 0), mask=cols < K)
+                    product = grad * _narrow(xhat, rounds, dx_ptr)
+                    _store_sum(d_gain_ptr + pid * K + cols, product, inside, cols < K)
+                    _store_sum(d_bias_ptr + pid * K + cols, grad, inside, cols < K)
                 dx = grad * gain[None, :] - xhat * slope[:, None]
                 if CENTERED:
                     dx -= shift[:, None]
-                dh_mask = inside & (cols < K * has_dh)[None, :]
-                dh = tl.load(dh_ptr + rows[:, None] * stride_dh + cols[None, :], mask=dh_mask, other=0.0).to(tl.float32)
+                dh_place = dh_ptr + rows[:, None] * stride_dh + cols[None, :]
+                dh = tl.load(dh_place, mask=inside & (cols < K * has_dh)[None, :], other=0.0).to(tl.float32)
                 tl.store(dx_ptr + place, dx * rstd[:, None] + dh, mask=inside & (cols < K * needs_dx)[None, :])
         if stage == 0:
             shift /= K
