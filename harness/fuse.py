@@ -355,6 +355,6 @@ def fuse_head(base: Any, seen: Trace, swaps: Swaps) -> bool:
     for softcap in {None, cap}:
         expected = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         if seen.output.shape == expected.shape and is_close(seen.output, expected):
-            swaps.become(head, FusedHead, softcap=softcap, targets=None, answer=None)
+            swaps.become(head, FusedHead, softcap=softcap, targets=None, num_right=None)
             return True
     return False

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -193,7 +194,8 @@ class FusedNorm:
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight: Any = self.weight  # type: ignore[attr-defined]
-        group = self.feeds
+        # Behind frozen embeddings y takes no gradient: nothing would tell ZeRO-3 to gather the weight in backward.
+        group = self.feeds if hidden_states.requires_grad or not torch.is_grad_enabled() else None
         shrink = group.shrink() if group is not None else None
         if self.kind.offset is None:
             bias: Any = self.bias  # type: ignore[attr-defined]
@@ -320,23 +322,30 @@ class FusedHead:
     softcap: float | None
     targets: Tensor | None
     label_smoothing: float
-    answer: tuple[Tensor, Tensor] | None
+    num_right: Tensor | None
 
     def loss_of(self, targets: Tensor, run: Callable[[], Any], *, label_smoothing: float) -> tuple[Tensor, Tensor]:
-        """(summed loss, number of right answers) of what the head is given while `run` runs; targets [B, T]."""
+        """(summed loss, number of right answers) of what the head is given while `run` runs the model; targets [B, T].
+
+        The loss is what the head's last forward hook passes on, and the model's own output is added with weight zero:
+        so the backward hooks of every module run, which ZeRO-3 gathers and frees parameters by.
+        """
+        passed_on: list[Tensor] = []
         self.targets, self.label_smoothing = targets, label_smoothing
+        hook = self.register_forward_hook(lambda _module, _inputs, output: passed_on.append(output))  # type: ignore[attr-defined]
         try:
-            run()
-            assert self.answer is not None
-            return self.answer
+            output = run().logits
+            assert self.num_right is not None
+            return passed_on[0].sum() + 0 * output.sum(), self.num_right
         finally:
-            self.targets = self.answer = None
+            hook.remove()
+            self.targets = self.num_right = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if self.targets is None:
             return super().forward(hidden_states)  # type: ignore[misc]
         assert self.targets.shape == hidden_states.shape[:-1], (self.targets.shape, hidden_states.shape)
-        self.answer = linear_cross_entropy(
+        loss_sum, self.num_right = linear_cross_entropy(
             hidden_states.flatten(0, -2),
             self.weight,  # type: ignore[attr-defined]
             self.targets.flatten(),
@@ -344,7 +353,7 @@ class FusedHead:
             label_smoothing=self.label_smoothing,
             softcap=self.softcap,
         )
-        return hidden_states[..., :0, :]
+        return loss_sum.view(1, 1, 1)
 
 
 def loss_head(base: Any) -> FusedHead | None:

@@ -2,7 +2,8 @@
 
 `python -m burnish.kernels.compile_gate` prints one JSON row per kernel, configuration and architecture: registers,
 bytes spilled, shared memory, tensor-core instructions, machine instructions and instructions per output element.
-Options: operation names, to compile only theirs. TRITON_INTERPRET must not be set.
+Options: operation names, to compile only theirs; or `--record FOLDER`, which writes kernels.json and kernels.md, the
+table that later runs are compared with. TRITON_INTERPRET must not be set.
 """
 
 import json
@@ -41,6 +42,7 @@ class Row:
     spill_bytes: int
     shared_bytes: int
     mma: bool
+    needs_mma: bool
     instructions: int
     per_element: float
 
@@ -74,6 +76,7 @@ def compile_kernel(op: str, kernel: Kernel, config: Config, arch: int) -> Row:
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         mma=MMA[arch] in ptx or "mma.sync" in ptx,
+        needs_mma=kernel.uses_mma,
         instructions=count,
         per_element=round(count * 32 * config.num_warps / config.elements, 2) if config.elements else 0.0,
     )
@@ -122,24 +125,85 @@ def compile_all(only: list[str]) -> list[Row]:
         return list(pool.map(_compile_job, jobs(only), chunksize=1))
 
 
-def problems(row: Row, kernel_uses_mma: bool) -> list[str]:
+def problems(row: Row) -> list[str]:
     """What must not be: spills, too much shared memory, a matrix product without tensor cores."""
     found = []
     if row.spill_bytes:
         found.append(f"{row.key} spills {row.spill_bytes} bytes")
     if row.shared_bytes > ARCHITECTURES[row.arch]:
         found.append(f"{row.key} needs {row.shared_bytes} bytes of shared memory, {ARCHITECTURES[row.arch]} exist")
-    if kernel_uses_mma and not row.mma:
+    if row.needs_mma and not row.mma:
         found.append(f"{row.key} uses no tensor cores")
     return found
 
 
-def main(only: list[str]) -> int:
-    """Prints the rows as JSON; the problems go to stderr and make the exit code 1."""
-    rows = compile_all(only)
-    uses_mma = {(op.name, k.fn.fn.__name__.strip("_")): k.uses_mma for op in OPS.values() for k in op.kernels}
-    found = [text for row in rows for text in problems(row, uses_mma[row.op, row.kernel])]
-    print(json.dumps([asdict(row) for row in rows], indent=1))
+def regressions(rows: list[Row], recorded: list[Row]) -> list[str]:
+    """What is worse than recorded: 10 % more instructions, 16 more registers, more shared memory; unknown rows."""
+    before = {row.key: row for row in recorded}
+    found = [f"{row.key} is not in the record" for row in rows if row.key not in before]
+    found += [f"{key} is recorded but not compiled" for key in sorted(before.keys() - {row.key for row in rows})]
+    for row in rows:
+        old = before.get(row.key, row)
+        if row.instructions > 1.1 * old.instructions:
+            found.append(f"{row.key} has {row.instructions} instructions, {old.instructions} are recorded")
+        if row.registers > old.registers + 16:
+            found.append(f"{row.key} has {row.registers} registers, {old.registers} are recorded")
+        if row.shared_bytes > old.shared_bytes:
+            found.append(f"{row.key} has {row.shared_bytes} bytes of shared memory, {old.shared_bytes} are recorded")
+    return found
+
+
+def table(rows: list[Row], version: str) -> str:
+    """The rows as a page in Markdown: one line per kernel and configuration, the architectures beside each other."""
+    heads = " | ".join(f"sm_{arch}" for arch in ARCHITECTURES)
+    lines = [
+        "# What the Triton kernels compile to",
+        "",
+        f"Made by `python -m burnish.kernels.compile_gate --record docs` with Triton {version}, without a GPU.",
+        "Each cell: registers a thread / shared memory in KiB / machine instructions (those for an output element).",
+        "No row spills a register. tc: the code contains tensor-core instructions on every architecture.",
+        "",
+        f"| operation | kernel and configuration | {heads} | |",
+        "|---|---|" + "---|" * len(ARCHITECTURES) + "---|",
+    ]
+    by_config: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in rows:
+        by_config.setdefault((row.op, row.kernel, row.config), {})[row.arch] = row
+    for (op, kernel, config), cells in by_config.items():
+        shown = " | ".join(_cell(cells[arch]) for arch in ARCHITECTURES)
+        mma = "tc" if all(row.mma for row in cells.values()) else ""
+        lines.append(f"| {op} | `{kernel}` {config} | {shown} | {mma} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    per_element = f" ({row.per_element:g})" if row.per_element else ""
+    return f"{row.registers} / {row.shared_bytes / 1024:.0f} / {row.instructions}{per_element}"
+
+
+def record(rows: list[Row], folder: Path) -> None:
+    """Writes kernels.json and kernels.md."""
+    lines = ",\n  ".join(json.dumps(asdict(row)) for row in rows)
+    text = f'{{"triton": "{triton.__version__}", "rows": [\n  {lines}\n]}}\n'
+    (folder / "kernels.json").write_text(text, encoding="utf-8")
+    (folder / "kernels.md").write_text(table(rows, triton.__version__), encoding="utf-8")
+
+
+def read_record(folder: Path) -> tuple[str, list[Row]]:
+    """The version of Triton and the rows of kernels.json."""
+    content = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
+    return content["triton"], [Row(**row) for row in content["rows"]]
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the rows as JSON, or records them; the problems go to stderr and make the exit code 1."""
+    is_recording = arguments[:1] == ["--record"]
+    rows = compile_all([] if is_recording else arguments)
+    found = [text for row in rows for text in problems(row)]
+    if is_recording and not found:
+        record(rows, Path(arguments[1]))
+    elif not is_recording:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
     for text in found:
         print(text, file=sys.stderr)
     return 1 if found else 0
