@@ -1,13 +1,14 @@
 """Whole training steps of several modes side by side, and whether they compute the same.
 
 One fresh process per mode; all stay alive and take one step each in turn, starting with another one every round, so
-that a slow moment of the machine hits all alike. Ratios are of steps of the same round. Before that a check: three
+that a slow moment of the machine hits all alike. Ratios are of steps of the same round, and rounds in which other
+processes kept the machine busy are left out and taken again. Before that a check: three
 steps of each mode without dropout, from the same adapter on the same batch, must give the baseline's first loss and
 make it fall as far. The losses in between say little: AdamW's first update is the sign of a gradient that bf16 rounds.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,14 @@ LOSS_TOLERANCE = 2.0**-9
 FALL_TOLERANCE = 2.0**-3
 """The same for the fall of the loss over the check. PEFT in bf16 and in fp32 were 2% apart on SmolLM2-135M."""
 
+QUIET_CORES = 0.25
+"""A round counts as quiet if other processes used no more cores than this in any of its steps. Two threads that wait
+for each other lose far more than their share to a third: steps of 1 s took 9 s."""
+CLOCK_S = 0.02
+"""What the kernel's accounts may be off by: two of its ticks."""
+MAX_ROUNDS = 2
+"""Rounds at most, as a multiple of those asked for, until enough were quiet."""
+
 Say = Callable[[str], None]
 
 
@@ -38,7 +47,6 @@ class Row:
     check_losses: list[float] = field(default_factory=list)
     warmup_times_s: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    others_s: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     failure: str | None = None
     void: str | None = None
@@ -46,12 +54,16 @@ class Row:
 
 @dataclass
 class Measurement:
-    """Rows by mode, and the step times by mode of every round; a round holds the modes of one group."""
+    """Rows by mode, and of every round the step times by mode and the cores that others used meanwhile.
+
+    A round holds the modes of one group.
+    """
 
     workload: Workload
     baseline: str
     rows: dict[str, Row]
     rounds: list[dict[str, float]] = field(default_factory=list)
+    others: list[dict[str, float]] = field(default_factory=list)
     is_interrupted: bool = False
 
 
@@ -146,10 +158,14 @@ def time_group(modes: Sequence[str], found: Measurement, *, num_steps: int, num_
             except WorkerDied as died:
                 row.failure = str(died)
                 say(f"{mode}: {row.failure}")
-        for number in range(num_steps):
+        num_quiet = 0
+        for number in range(MAX_ROUNDS * num_steps):
             times = one_round(number, workers, found, say)
             shown = ", ".join(f"{mode} {time_s:.3f} s" for mode, time_s in times.items())
-            say(f"round {number + 1} of {num_steps}: {shown}")
+            num_quiet += is_quiet(found.others[-1])
+            say(f"round {number + 1}: {shown}" + ("" if is_quiet(found.others[-1]) else " (disturbed)"))
+            if num_quiet == num_steps:
+                break
 
 
 def one_round(number: int, workers: dict[str, Worker], found: Measurement, say: Say) -> dict[str, float]:
@@ -157,6 +173,7 @@ def one_round(number: int, workers: dict[str, Worker], found: Measurement, say: 
     modes = list(workers)
     first = number % max(1, len(modes))
     times: dict[str, float] = {}
+    others: dict[str, float] = {}
     for mode in modes[first:] + modes[:first]:
         row = found.rows[mode]
         try:
@@ -167,10 +184,11 @@ def one_round(number: int, workers: dict[str, Worker], found: Measurement, say: 
             del workers[mode]
             continue
         times[mode] = answer["time_s"]
+        others[mode] = max(0.0, (answer["others_s"] - CLOCK_S) / answer["time_s"])
         row.losses.append(answer["loss"])
-        row.others_s.append(answer["others_s"])
         row.peak_bytes = max(row.peak_bytes, answer["peak_bytes"])
     found.rounds.append(times)
+    found.others.append(others)
     return {mode: times[mode] for mode in modes if mode in times}
 
 
@@ -185,21 +203,35 @@ def summarise(found: Measurement) -> dict[str, Any]:
         "is_interrupted": found.is_interrupted,
         "others_cores": others_cores(found),
         "rounds": found.rounds,
+        "others_cores_by_round": found.others,
+        "counted_rounds": counted(found),
         "rows": [summarise_row(row, found) for row in found.rows.values()],
     }
 
 
+def is_quiet(others: Mapping[str, float]) -> bool:
+    return all(cores <= QUIET_CORES for cores in others.values())
+
+
+def counted(found: Measurement) -> list[int]:
+    """Numbers of the rounds that the figures are made of: the quiet ones, or all where there are not enough of them."""
+    everyone = list(range(len(found.rounds)))
+    quiet = [number for number in everyone if is_quiet(found.others[number])]
+    modes, quiet_modes = ({mode for n in numbers for mode in found.rounds[n]} for numbers in (everyone, quiet))
+    return quiet if quiet_modes == modes and 2 * MAX_ROUNDS * len(quiet) >= len(everyone) else everyone
+
+
 def others_cores(found: Measurement) -> float:
-    """Cores that other processes used while the steps were timed, on average."""
-    measured = sum(time_s for times in found.rounds for time_s in times.values())
-    others = sum(sum(row.others_s) for row in found.rows.values())
-    return max(0.0, others / measured) if measured else 0.0
+    """Cores that other processes used in the counted steps, on average."""
+    cores = [value for number in counted(found) for value in found.others[number].values()]
+    return sum(cores) / len(cores) if cores else 0.0
 
 
 def summarise_row(row: Row, found: Measurement) -> dict[str, Any]:
     """One row: state ok, void or failed; times and memory; `ratio` is how many times faster than the baseline."""
     state = "failed" if row.failure is not None else "void" if row.void is not None else "ok"
-    times = [times[row.mode] for times in found.rounds if row.mode in times]
+    rounds = [found.rounds[number] for number in counted(found)]
+    times = [times[row.mode] for times in rounds if row.mode in times]
     result: dict[str, Any] = {
         "mode": row.mode,
         "summary": MODES[row.mode].summary,
@@ -208,7 +240,6 @@ def summarise_row(row: Row, found: Measurement) -> dict[str, Any]:
         "check_losses": row.check_losses,
         "losses": row.losses,
         "warmup_times_s": row.warmup_times_s,
-        "others_s": row.others_s,
         "times_s": times,
         "peak_bytes": row.peak_bytes,
         **row.built,
@@ -216,7 +247,7 @@ def summarise_row(row: Row, found: Measurement) -> dict[str, Any]:
     if state == "ok" and times:
         time_s = quantiles(times)
         result |= {"time_s": time_s, "tokens_per_s": found.workload.tokens / time_s["median"]}
-        both = [turn for turn in found.rounds if row.mode in turn and found.baseline in turn]
+        both = [turn for turn in rounds if row.mode in turn and found.baseline in turn]
         base = found.rows.get(found.baseline)
         if both and base is not None and base.failure is None and base.void is None:
             pairs = [turn[found.baseline] for turn in both], [turn[row.mode] for turn in both]

@@ -51,6 +51,10 @@ def step_table(result: dict[str, Any]) -> str:
         f"{work['num_threads']} threads of {machine['cpu']}; peak: resident memory while training, "
         "floor: before the model is loaded"
     )
+    if num_disturbed := len(result["rounds"]) - len(result["counted_rounds"]):
+        notes.append(
+            f"{num_disturbed} of {len(result['rounds'])} rounds were disturbed by other processes and left out"
+        )
     return "\n".join([aligned(rows), "", *notes, *doubts(result)])
 
 
