@@ -12,14 +12,15 @@ GROWTH_BYTES = 256 * 2**20
 def keep_freed_memory() -> bool:
     """Lets glibc keep freed activations instead of returning them to the kernel after every step.
 
-    PyTorch frees and allocates the same large buffers each step; giving them back costs a page fault per 4 KiB.
-    False where the C library is another one.
+    PyTorch frees and allocates the same large buffers each step; giving them back costs a page fault per 4 KiB. What
+    was freed before (by loading) goes back first. False where the C library is another one.
     """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
+    libc.malloc_trim(0)
     settings = {M_MMAP_THRESHOLD: KEPT_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: GROWTH_BYTES}
     accepted = [libc.mallopt(parameter, value) == 1 for parameter, value in settings.items()]
     return all(accepted)

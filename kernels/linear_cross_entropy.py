@@ -21,7 +21,7 @@ from torch import Tensor
 from . import native
 from .op import Backend, Case, Config, Kernel, Op, backend_of, random_normal
 
-MAX_CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}
+MAX_CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 MAX_CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 1280 * 2**20}
 MIN_CHUNK_ROWS = 64
 TORCH_BLOCK_ELEMENTS = 2**20
