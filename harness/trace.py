@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .fused import FusedLinear, Group, attention_function
@@ -53,10 +54,20 @@ class Trace:
         return [module for module, _ in self.made.values()]
 
     def fed_by(self, module: nn.Module) -> Group | None:
-        """The group that reads the module's output first, if one reads it as it is."""
+        """The group that reads the module's output first, if one reads it as it is and lies in the same layer.
+
+        A layer may be recomputed alone in backward, and must not need then what a module outside it handed over.
+        """
         _, outputs = self.made.get(id(module), (module, []))
         made = {output.data_ptr() for output in outputs}
-        return next((linear.group for linear, x in self.linears if x.data_ptr() in made), None)
+        reader = next((linear for linear, x in self.linears if x.data_ptr() in made), None)
+        return reader.group if reader is not None and self._layer_of(reader) is self._layer_of(module) else None
+
+    def _layer_of(self, module: nn.Module | None) -> nn.Module | None:
+        """The layer around a module that activation checkpointing recomputes as a whole."""
+        while module is not None and not isinstance(module, GradientCheckpointingLayer):
+            module = self.parents.get(id(module))
+        return module
 
 
 def trace(model: Any, inputs: dict[str, Any]) -> Trace:

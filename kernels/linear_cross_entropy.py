@@ -121,7 +121,7 @@ def _cross_entropy_kernel(
             tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=cols < V)
 
 
-BLOCK, NUM_WARPS = 4096, 8
+BLOCK, NUM_WARPS = 4096, 16
 
 
 def _rows(

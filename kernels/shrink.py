@@ -143,4 +143,4 @@ def mask_bits(keys, cols):
 @triton.jit
 def is_kept(bits, dropped, LANE: tl.constexpr):
     """keep of a lane from mask_bits; `dropped` is threshold(p)."""
-    return ((bits >> (10 * LANE)) & 1023) >= tl.full((), dropped, tl.uint32)  # a plain 1 where it is 1
+    return ((bits >> (10 * LANE)) & 1023).to(tl.int32) >= dropped

@@ -68,8 +68,8 @@ def test_dropout_falls_alike_whatever_is_recomputed(family, method):
     """The seed comes from torch's generator, which checkpointing restores."""
     expected = train(family, method, p=0.1, policy="none", steps=4)
     for policy in ("selective", "full"):
-        assert train(family, method, p=0.1, policy=policy, steps=4) == pytest.approx(expected, rel=1e-6)
-    assert train(family, method, p=0.0, steps=4) != pytest.approx(expected, rel=1e-6)
+        assert train(family, method, p=0.1, policy=policy, steps=4) == pytest.approx(expected, rel=1e-5)
+    assert train(family, method, p=0.0, steps=4) != pytest.approx(expected, rel=1e-5)
 
 
 def losses_over_seeds(model, family, num=60):
@@ -101,7 +101,7 @@ EXPECTED = {
     "qwen3": {"linears": 14, "groups": 4, "norms": 9, "mlps": 2, "attentions": 2, "loss": True},
     "gemma3": {"linears": 14, "groups": 4, "norms": 13, "mlps": 2, "attentions": 2, "loss": True},
     "gpt2": {"linears": 8, "norms": 5, "activations": 2, "loss": True},
-    "bert": {"linears": 12, "groups": 2, "norms": 5, "activations": 2},
+    "bert": {"linears": 13, "groups": 2, "norms": 5, "activations": 2},
     "vit": {"linears": 12, "groups": 2, "norms": 5, "activations": 2},
     "t5": {"norms": 12, "mlps": 4},
 }
