@@ -62,9 +62,6 @@ class Fused:
     loss: bool = False
     attention_kernel: bool = False
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {int(value)}" for name, value in vars(self).items())
-
 
 class Swaps:
     """Replaces modules in their parents and can put them back."""

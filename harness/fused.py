@@ -356,12 +356,6 @@ class FusedHead:
         return loss_sum.view(1, 1, 1)
 
 
-def loss_head(base: Any) -> FusedHead | None:
-    """The head of a transformers model that can compute the loss itself; None if it has none."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return head if isinstance(head, FusedHead) else None
-
-
 def adapter_parameters(group: Group | None) -> Iterator[nn.Parameter]:
     """The A matrices that a producer reads."""
     for member in group.members if group is not None else ():

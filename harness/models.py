@@ -5,6 +5,7 @@ import io
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers import GgufConfig
 from . import adapters
 from .config import Config
 from .errors import ConfigError
-from .fuse import Fused, fuse
 from .memory import Counts
 from .plan import Plan
 from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
@@ -245,11 +245,16 @@ def with_kernels(model: nn.Module, config: Config) -> nn.Module:
     Raises ConfigError if kernels.enabled is true and nothing could be fused.
     """
     base, wanted = unwrap(model), config.kernels.enabled
-    base.fused = fuse(model) if wanted is not False else Fused()
-    if wanted is True and base.fused == Fused():
-        raise ConfigError(
-            f"kernels.enabled=true: nothing in {type(base).__name__} could be fused; use auto to run it as it is"
-        )
+    base.fused = {}
+    if wanted is False:
+        return model
+    if find_spec("triton") is not None:
+        from .fuse import fuse
+
+        base.fused = {name: int(count) for name, count in asdict(fuse(model)).items()}
+    if wanted is True and not any(base.fused.values()):
+        why = f"nothing in {type(base).__name__} could be fused" if base.fused else "Triton is not installed"
+        raise ConfigError(f"kernels.enabled=true: {why}; use auto to run the model as it is")
     return model
 
 
@@ -269,13 +274,15 @@ def apply_activation_policy(model: nn.Module, policy: str) -> None:
     need no detour for gradients to flow.
     """
     base: Any = unwrap(model)
-    if policy == "none" or (policy == "selective" and base.fused.linears):
+    if policy == "none" or (policy == "selective" and base.fused.get("linears")):
         return
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     options: dict[str, Any] = {"use_reentrant": False}
     if policy == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
     enable(options)
+    if hasattr(base, "disable_input_require_grads"):
+        base.disable_input_require_grads()  # only re-entrant checkpointing needs what transformers has just enabled
 
 
 @torch.no_grad()

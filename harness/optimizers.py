@@ -1,6 +1,7 @@
 """Optimizers by name: OPTIMIZERS maps optimizer.name to a function (parameter groups, options) -> torch optimizer."""
 
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def parameter_groups(named_params: Iterable[tuple[str, torch.nn.Parameter]], wei
 def _adamw(groups: Groups, options: Adamw) -> torch.optim.Optimizer:
     """Our own on a CPU with a C++ compiler, else torch's. The results and the state are the same."""
     numbers: dict[str, Any] = {"lr": options.learning_rate, "betas": options.betas, "eps": options.eps}
-    if all(native.supports(param) for group in groups for param in group["params"]):
+    if find_spec("triton") and all(native.supports(param) for group in groups for param in group["params"]):
         from ..kernels.adapter_adamw import AdapterAdamW
 
         return AdapterAdamW(groups, **numbers)

@@ -27,6 +27,7 @@ from .metrics import MetricsWriter, memory_bytes
 from .plan import Plan
 from .run_dir import RunDir, environment
 from .tasks import Task, get_task
+from .tasks.common import unwrap
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -148,7 +149,7 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> J
     if job.is_first:
         run_dir.write_json(run_dir.env_json, environment())
     name = config.model.path or f"{config.model.init and config.model.init['model_type']} (random weights)"
-    job.emit({"event": "model", "name": name, "dtype": config.model.dtype} | counts)
+    job.emit({"event": "model", "name": name, "dtype": config.model.dtype, "fused": unwrap(model).fused} | counts)
     job.emit({"event": "start", "total_steps": sampler.total_steps, "steps_per_epoch": sampler.steps_per_epoch})
     return job
 

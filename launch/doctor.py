@@ -117,7 +117,7 @@ def _torch(found: dict[str, Any] | str) -> list[Check]:
         if found["nccl"]
         else Check("NCCL", "missing", "no GPU to use it", "several GPUs"),
         Check("gloo", "ok", "in torch") if found["gloo"] else Check("gloo", "missing", "", "several CPU workers"),
-        _triton(found["gpu"]),
+        _triton(),
     ]
 
 
@@ -126,18 +126,18 @@ def _gpu_names() -> str:
     return f"{resources.num_devices} x {resources.device_name}, {size(resources.device_memory_bytes)}"
 
 
-def _triton(has_gpu: bool) -> Check:
-    off = "kernels compiled at run time" if has_gpu else "nothing here: it needs a GPU"
+def _triton() -> Check:
+    off = "the fused operations: models run as transformers and PEFT made them"
     try:
         return Check("triton", "ok", version("triton"))
     except PackageNotFoundError:
-        return Check("triton", "missing", "not installed (the CPU build of torch has none)", off)
+        return Check("triton", "missing", "not installed: pip install triton", off)
 
 
 def _compiler() -> list[Check]:
-    """What DeepSpeed builds its operators with on first use."""
+    """What our CPU kernels and DeepSpeed's operators are built with on first use."""
     off = {
-        "g++": "DeepSpeed's operators, built on first use: shared-memory reductions on CPU, fused Adam, offload",
+        "g++": "the C++ half of the fused operations on a CPU (they run in plain torch), DeepSpeed's operators",
         "ninja": "DeepSpeed's operators, built on first use",
         "nvcc": "DeepSpeed's CUDA operators, built on first use",
     }

@@ -92,6 +92,9 @@ class Progress:
         name = Path(event["name"]).name if "/" in event["name"] and ":" in event["name"] else event["name"]
         text = f"{name}, {short(total)} parameters, {short(trained)} trained ({share:.2g} %), {event['dtype']}"
         self._line("model", text)
+        fused = [f"{count} {name}" for name, count in event["fused"].items() if count > 1]
+        if fused:
+            self._line("", f"fused: {', '.join(fused)}")
 
     def _start(self, event: dict[str, Any]) -> None:
         self.total_steps = event["total_steps"]

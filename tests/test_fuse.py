@@ -110,7 +110,7 @@ EXPECTED = {
 @pytest.mark.parametrize("family", EXPECTED)
 def test_structure_is_recognised(family):
     fused = unwrap(make_model(family, make_config(family, "lora"))).fused
-    assert {name: getattr(fused, name) for name in EXPECTED[family]} == EXPECTED[family]
+    assert {name: fused[name] for name in EXPECTED[family]} == EXPECTED[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

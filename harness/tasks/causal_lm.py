@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..data.format import encode_causal_lm, question, render_prompt
-from ..fused import loss_head
 from . import Batch, Example, Task
 from .common import IGNORE, accepts, mean_loss, neftune, summed_cross_entropy, to_model_device, unwrap
 
@@ -111,8 +110,8 @@ def summed_loss(model: Any, batch: Batch, *, label_smoothing: float = 0.0) -> tu
 
     A fused head makes both from the hidden states, without logits.
     """
-    head = loss_head(unwrap(model))
-    if head is None:
+    head = unwrap(model).get_output_embeddings()
+    if not hasattr(head, "loss_of"):
         logits, targets = supervised_logits(model, batch)
         right = (logits.argmax(-1) == targets).sum()
         return summed_cross_entropy(logits, targets, label_smoothing=label_smoothing), right
