@@ -11,6 +11,6 @@ SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.update(SETTINGS)
-if not os.path.exists("/proc/driver/nvidia/version"):
+if not any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl"))):
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["TRITON_INTERPRET"] = "1"

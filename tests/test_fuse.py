@@ -8,6 +8,7 @@ import torch
 from burnish.harness import zero
 from burnish.harness.tasks.common import unwrap
 from burnish.harness.zero import deepspeed_config
+from burnish.kernels.op import use_backend
 from distributed import on_ranks
 from fusion_cases import FAMILIES, loss_sum, make_config, make_model, train
 
@@ -124,3 +125,14 @@ def test_names_of_parameters_are_those_of_peft(family):
 
 def test_the_module_table_names_seven_families():
     assert set(fusion_cases.FAMILIES) == {"llama", "qwen3", "gemma3", "gpt2", "bert", "vit", "t5"}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "lora"), ("llama", "qlora"), ("llama", "dora"), ("gemma3", "lora"), ("gpt2", "lora"), ("bert", "qlora")],
+)
+def test_whole_models_on_the_triton_kernels_equal_those_on_the_cpu(family, method):
+    """In the interpreter where there is no GPU; with dropout, because both draw the same masks."""
+    with use_backend("triton"):
+        found = train(family, method, p=0.1, steps=2)
+    assert found == pytest.approx(train(family, method, p=0.1, steps=2), rel=1e-5)

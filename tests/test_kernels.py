@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from burnish.bench.op_runs import in_dtype, tensors_of
 from burnish.kernels import native
 from burnish.kernels.op import Op, use_backend
 from burnish.kernels.registry import OPS
@@ -41,35 +42,6 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = was
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """All tensors in a value: itself, or inside tuples, lists, dicts and dataclasses."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for part in value.values() for t in tensors_of(part)]
-    if isinstance(value, tuple | list):
-        return [t for part in value for t in tensors_of(part)]
-    if hasattr(value, "__dataclass_fields__"):
-        return [t for name in value.__dataclass_fields__ for t in tensors_of(getattr(value, name))]
-    return []
-
-
-def in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """The same inputs as fresh leaves, floating-point tensors in `dtype`."""
-    if isinstance(value, torch.Tensor):
-        if not value.is_floating_point():
-            return value
-        return value.detach().to(dtype, copy=True).requires_grad_(value.requires_grad)
-    if isinstance(value, dict):
-        return {key: in_dtype(part, dtype) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(in_dtype(part, dtype) for part in value)
-    if hasattr(value, "__dataclass_fields__"):
-        fields = {name: in_dtype(getattr(value, name), dtype) for name in value.__dataclass_fields__}
-        return type(value)(**fields)
-    return value
 
 
 def run(function: Any, inputs: dict[str, Any], **options: Any) -> list[torch.Tensor]:
