@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import adapters, models
 from .card import model_card
-from .config import Config
+from .config import Config, Kernels
 from .errors import ConfigError, TrainingError
 from .evaluate import evaluate
 from .plan import Plan
@@ -168,7 +168,9 @@ def export_run(run_dir: str | Path, format: str, out: str | Path) -> dict[str, A
     nothing of that format, TrainingError if the export does not reload to what was exported.
     """
     run, out = RunDir.open(run_dir), Path(out)
-    config, source = run.load_config(), run.trained_folder()
+    # Others will run the export without our kernels: that is what it is compared with.
+    config = run.load_config().model_copy(update={"kernels": Kernels(enabled=False)})
+    source = run.trained_folder()
     if format not in EXPORTS:
         raise ConfigError(f"--format {format}: choose one of {', '.join(EXPORTS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
