@@ -45,6 +45,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Relative difference up to which two results are the same computation, rounded differently."""
 
 
+WHOLE_MODEL = 5
+"""How many times the rounding of one module a model's logits may differ: 1.1 times were seen in 30 layers of bf16."""
 ANY_IMAGE_SIZE = 64
 """Edge in pixels of the image for a convolutional network, which takes any."""
 
@@ -123,7 +125,7 @@ def fuse(model: nn.Module) -> Fused:
             attention_kernel=use_fast_attention(base),
         )
         after = outputs_of(base, inputs)
-    if not is_close(after, before):
+    if not is_close(after, before, layers=WHOLE_MODEL):
         swaps.undo()
         return Fused(attention_kernel=counts.attention_kernel)
     for group in groups:
@@ -131,10 +133,10 @@ def fuse(model: nn.Module) -> Fused:
     return counts
 
 
-def is_close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to the rounding of their dtype."""
+def is_close(one: Tensor, other: Tensor, *, layers: int = 1) -> bool:
+    """Equal up to the rounding of their dtype, that of `layers` layers together."""
     difference = (one.double() - other.double()).norm()
-    return bool(difference <= TOLERANCE[one.dtype] * other.double().norm() + 1e-30)
+    return bool(difference <= layers * TOLERANCE[one.dtype] * other.double().norm() + 1e-30)
 
 
 @contextmanager
