@@ -93,7 +93,7 @@ class _recording:  # noqa: N801
     def __enter__(self) -> None:
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         for name, module in self.model.named_modules():
-            if ".lora_" not in name:
+            if ".lora_" not in name:  # the dropout of an adapter would change what others are compared with
                 self.handles += list(self._hooks(module, head))
 
     def __exit__(self, *_: object) -> None:
@@ -101,6 +101,7 @@ class _recording:  # noqa: N801
             handle.remove()
         for module, config in self.configs:
             module.config = config
+            _RECORDERS.pop(id(module))
 
     def _hooks(self, module: Any, head: Any) -> Iterator[Any]:
         if isinstance(module, FusedLinear):
@@ -111,9 +112,8 @@ class _recording:  # noqa: N801
             self.handles.append(_Restore(module))
         elif not any(True for _ in module.children()):
             yield module.register_forward_hook(self._made)
-        elif hasattr(module, "config") and hasattr(module, "attention_dropout"):
+        elif hasattr(module, "attention_dropout") and _is_plain(getattr(module, "config", None)):
             yield self._watch_attention(module)
-        # A LoRA layer's own parts are left alone: its dropout would change what the others are compared with.
 
     def _read(self, module: Any, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], Tensor):
@@ -140,12 +140,16 @@ class _recording:  # noqa: N801
             self.seen.attentions[module] = AttentionCall(dict(given), q.clone(), k.clone(), v.clone(), options)
             return attend(*args, **options)
 
-        module.__dict__.setdefault("config", module.config)
         self.configs.append((module, module.config))
         _RECORDERS[id(module)] = record
         module.config = copy(module.config)
         module.config._attn_implementation = RECORDING
         return module.register_forward_pre_hook(remember, with_kwargs=True)
+
+
+def _is_plain(config: Any) -> bool:
+    """A configuration without parts: those would be changed together with a copy of it."""
+    return config is not None and not config.sub_configs
 
 
 class _Restore:
