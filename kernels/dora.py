@@ -22,10 +22,10 @@ from . import native
 from .dora_norm import dora_norm, dora_norm_reference
 from .dropout import dropout
 from .lora_grads import lora_grad_a, lora_grads
-from .lora_linear import Projection, lora_linear
-from .nf4_dequant import nf4_dequant, nf4_dequant_reference
+from .lora_linear import Projection, dense_weight, lora_linear
+from .nf4_dequant import nf4_dequant_reference
 from .nf4_quantize import nf4_quantize
-from .op import Backend, Case, Config, Kernel, Op, backend_of, random_normal
+from .op import Backend, Case, Config, Kernel, Op, backend_of, compute_dtype, random_normal
 from .shrink import draw_seed, drop
 
 Mode = Literal["exact", "fast"]
@@ -175,8 +175,8 @@ class _Exact(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor, bias: Tensor | None, norm: Tensor,
         projection: Projection, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
-        weight = _dense(projection, x.dtype)
-        dropped = _dropped(x, p, seed)
+        weight = dense_weight(projection, x.dtype)
+        dropped = dropout(x, p=p, seed=seed)
         s = dropped @ (a.to(x.dtype) * projection.scale).t()
         u = (dropped @ weight.t()).addmm_(s, b.to(x.dtype).t())
         g = magnitude.to(norm.dtype) / norm
@@ -196,27 +196,15 @@ class _Exact(torch.autograd.Function):
         ds, db = lora_grads(du, s, b, scale=scale)
         dx = da = None
         if needs[0]:
-            weight = _dense(ctx.projection, dy.dtype)
+            weight = dense_weight(ctx.projection, dy.dtype)
             dx = dy @ weight
             through = (du @ weight).addmm_(ds, a.to(dy.dtype)).sub_(dx)
-            dx += _dropped(through, ctx.p, ctx.seed)
+            dx += dropout(through, p=ctx.p, seed=ctx.seed)
         if needs[1]:
             da = lora_grad_a(ds, x, p=ctx.p, seed=ctx.seed, dtype=a.dtype)
         dmagnitude = None if sums is None else sums.div_(norm).to(ctx.dtypes[0])
         dbias = dy.sum(0).to(ctx.dtypes[1]) if needs[4] else None
         return dx, da, db if needs[2] else None, dmagnitude, dbias, None, None, None, None
-
-
-def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """mask∘x * keep_scale of lane 0, a new tensor."""
-    return dropout(x, p=p, seed=seed)
-
-
-def _dense(projection: Projection, dtype: torch.dtype) -> Tensor:
-    """W [N, K] in this dtype."""
-    if projection.quant is not None:
-        return nf4_dequant(projection.quant, dtype=dtype)
-    return projection.weight.detach().to(dtype)
 
 
 @torch.compiler.disable
@@ -241,7 +229,7 @@ def dora_linear(
     if mode not in ("exact", "fast"):
         raise ValueError(f"mode {mode!r}: exact or fast")
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     norm = dora_norm(projection) if norm is None else norm
     bias, seed = projection.bias, draw_seed(p) if seed is None else seed

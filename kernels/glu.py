@@ -17,7 +17,7 @@ from torch import Tensor
 from . import glu_triton, lora_cpu, native
 from .activations import ACTIVATIONS
 from .glu_triton import Call, Grads, Inputs
-from .op import Backend, Case, Op, backend_of, random_normal
+from .op import Backend, Case, Op, backend_of, compute_dtype, random_normal
 from .shrink import (
     Shrink,
     drop,
@@ -182,7 +182,7 @@ def glu(
     if any(part.shape[-1] != gate.shape[-1] for part in a):
         raise ValueError(f"A of {[tuple(part.shape) for part in a]} does not take {gate.shape[-1]} features")
     device = gate.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate.dtype
+    dtype = compute_dtype(gate)
     backend = backend_of(gate.to(dtype))
     if backend == "triton" and len(a) > 1:
         backend = "torch"

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import lora_cpu, lora_gemm, lora_grads
 from .columns import are_adjacent, joined
 from .nf4_dequant import Nf4Weight, nf4_dequant
-from .op import Backend, Case, Op, backend_of, random_normal
+from .op import Backend, Case, Op, backend_of, compute_dtype, random_normal
 from .product import product
 from .shrink import MAX_LANES, draw_seed, drop, rank_slices
 
@@ -92,12 +92,12 @@ def lora_linear_reference(
         own_seed, lane = lane_of(j, seed or 0)
         low = part.scale * (drop(flat, p=p, seed=own_seed, lane=lane) @ part.a.to(x.dtype).t())
         low = low if s is None else s[:, columns]
-        base = torch.nn.functional.linear(flat, _dense(part, x.dtype), part.bias)
+        base = torch.nn.functional.linear(flat, dense_weight(part, x.dtype), part.bias)
         outputs.append(base + low @ part.b.to(x.dtype).t())
     return torch.cat(outputs, dim=-1).view(*x.shape[:-1], -1)
 
 
-def _dense(part: Projection, dtype: torch.dtype) -> Tensor:
+def dense_weight(part: Projection, dtype: torch.dtype) -> Tensor:
     """W [N, K] in this dtype."""
     if part.quant is None:
         return part.weight.to(dtype)
@@ -119,7 +119,7 @@ def _weights(projections: Sequence[Projection], dtype: torch.dtype) -> list[tupl
             assert part.quant is not None
             nf4_dequant(part.quant, out=whole[end - size : end])
         return [(slice(0, ends[-1]), whole)]
-    dense = [_dense(part, dtype) for part in projections]
+    dense = [dense_weight(part, dtype) for part in projections]
     if are_adjacent(dense, dim=0):
         return [(slice(0, ends[-1]), joined(dense, dim=0))]
     return [(slice(end - size, end), weight) for size, end, weight in zip(sizes, ends, dense, strict=True)]
@@ -232,7 +232,7 @@ def _fused(x: Tensor, s: Tensor, b: Sequence[Tensor], bias: Sequence[Tensor | No
     """The Triton GEMM with the update inside, for every projection."""
     y = x.new_empty(x.shape[0], call.columns[-1].stop)
     for j, part in enumerate(call.projections):
-        weight, ranks = _dense(part, x.dtype), [call.ranks[j]]
+        weight, ranks = dense_weight(part, x.dtype), [call.ranks[j]]
         weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         lora_gemm.gemm(x, weight, s, [b[j]], out=y[:, call.columns[j]], ranks=ranks, turned=True, bias=bias[j])
     return y
@@ -323,7 +323,7 @@ def lora_linear(
     """
     _check(x, projections, s)
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     shrunk = None if s is None else s.reshape(-1, s.shape[-1]).to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import lora_cpu, multi_lora_triton
 from .multi_lora_triton import Group, Member
 from .nf4_dequant import Nf4Weight, nf4_dequant
-from .op import Backend, Case, Op, backend_of, random_normal
+from .op import Backend, Case, Op, backend_of, compute_dtype, random_normal
 from .shrink import drop, rank_slices
 
 MAX_RANKS = 128
@@ -238,7 +238,7 @@ def multi_lora(
     """
     num_outputs = _check(x, weight, adapters, offsets, quant)
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     backend = backend_of(flat)

@@ -38,6 +38,12 @@ def backend_of(x: Tensor) -> Backend:
     return "native" if native.supports(x) else "torch"
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What an operation computes in: the dtype of x, or autocast's where that is on for its device."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
     """Runs everything inside with one backend: for tests and benchmarks. triton on CPU tensors is the interpreter."""
