@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..harness.markup import size
+from .benchmark import Table
 
 BUSY = 0.1
 """Cores that others may use before the table warns."""
@@ -20,6 +21,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def as_text(table: Table) -> str:
+    """The table for a terminal: title, columns, notes."""
+    body = aligned([list(table.head), *map(list, table.rows)])
+    return "\n".join([table.title, "", body, *(["", *table.notes] if table.notes else [])])
+
+
+def as_markdown(table: Table) -> str:
+    """The table for a document, without its title; the notes are a list under it."""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    body = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n\n".join([body, "\n".join(f"* {note}" for note in table.notes)] if table.notes else [body])
 
 
 def step_table(result: dict[str, Any]) -> str:
