@@ -23,7 +23,7 @@ MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 def opened(name: str, setting: Setting, choice: Choice, prepared: dict[str, Any]) -> Result:
     """A result without rows; it counts as interrupted until `closed`."""
     options = asdict(choice) | {"num_threads": setting.num_threads, "num_rounds": setting.num_rounds}
-    found = environment() | {"cpu_features": cpu_features(), "gpu": gpu_name(setting.device)}
+    found = described(setting.device)
     return {
         "format": FORMAT,
         "benchmark": name,
@@ -39,6 +39,15 @@ def opened(name: str, setting: Setting, choice: Choice, prepared: dict[str, Any]
         **prepared,
         "rows": [],
     }
+
+
+def described(device: str) -> dict[str, Any]:
+    """harness.run_dir.environment, and what decides the speed of this machine."""
+    return environment() | {"cpu_features": cpu_features(), "gpu": gpu_name(device)}
+
+
+def hardware_here(device: str) -> str:
+    return hardware(described(device), device)
 
 
 def hash_of(value: Any) -> str:

@@ -1,124 +1,263 @@
-"""The verb `bench`: options -> a benchmark -> JSON file and table."""
+"""The verb `bench`: measure, compare, verify, report. Imports no torch until something is measured.
+
+Actions: `run` measures here; `compare` judges two results; `verify` checks the documents against the committed results
+and re-measures them; `report` and `docs` write the page and the documents; `profile` shows where a step's time goes.
+"""
 
 import argparse
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..bench import record, runner, suite
+from ..bench.benchmark import Benchmark, Choice, Setting
+from ..bench.table import as_text
 from ..bench.workload import MODELS, Workload, parse_batch
 from ..harness.errors import ConfigError, TrainingError
-from ..harness.run_dir import environment, write_json
-from .resources import num_cpus
+from .commands import Answer
+from .resources import has_gpu_driver, num_cpus
 
-DEFAULT_MODES = ("peft", "peft-bf16", "peft-bf16+malloc", "sft", "burnish")
-DEFAULT_STEPS = {"step": 5, "kernels": 20}
+DEFAULT_FOLDER = Path("runs/bench")
 DEFAULT_BATCH = "4x256"
-OWN_OPTIONS = {"step": ("modes", "baseline", "batch", "model", "profile"), "kernels": ("ops", "quick")}
-"""Options that only one of the benchmarks has."""
+REPORT = "report.html"
 NUM_WARMUP = 2
 NUM_PROFILE_ROWS = 30
+EXIT_WORSE = 6
+"""A figure got worse, a result of burnish is wrong, or a document says what the results do not."""
 
 Say = Callable[[str], None]
-Result = tuple[dict[str, Any], str]
 
 
-def run(options: argparse.Namespace, progress: TextIO) -> Result:
-    """The result as JSON and as text. Raises ConfigError, TrainingError."""
+def run(options: argparse.Namespace, progress: TextIO) -> Answer:
+    """Runs one action. Raises ConfigError, TrainingError."""
 
     def say(text: str) -> None:
         print(text, file=progress, flush=True)
 
-    for what, names in OWN_OPTIONS.items():
-        if what != options.what and (given := [name for name in names if getattr(options, name)]):
-            raise ConfigError(f"--{given[0]} is an option of burnish bench {what}")
-    steps = DEFAULT_STEPS[options.what] if options.steps is None else options.steps
-    threads = num_cpus() if options.threads is None else options.threads
-    for name, value in (("steps", steps), ("threads", threads)):
-        if value < 1:
+    action = ACTIONS[options.action]
+    for name in NAMES_OF_OPTIONS:
+        if getattr(options, name) and name not in action.options:
+            users = " and ".join(other for other, one in ACTIONS.items() if name in one.options)
+            raise ConfigError(f"--{name.replace('_', '-')} is an option of burnish bench {users}")
+    for name in ("rounds", "threads", "seconds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: at least 1")
-    out = out_file(options.out)
-    if options.what == "kernels":
-        result, text = kernels(options, steps, threads, say)
-    elif options.profile is not None:
-        result, text = profile(options.profile, workload_of(options, threads), say)
+    return action.function(options, say)
+
+
+def measure(options: argparse.Namespace, say: Say) -> Answer:
+    """`run`: measures the named benchmarks (all without names), and writes their JSON and the page."""
+    names = list(dict.fromkeys(options.names)) or list(suite.MODULES)
+    benchmarks = [suite.benchmark(name) for name in names]
+    choice = choice_of(options, benchmarks)
+    setting = setting_of(options, say)
+    if options.list:
+        return listed(benchmarks, choice, setting.device)
+    folder = folder_for(options)
+    start, results = time.monotonic(), []
+    for benchmark in benchmarks:
+        limit_s = options.seconds - (time.monotonic() - start) if options.seconds else float("inf")
+        path = folder / f"{benchmark.name}.json"
+        result = runner.run(benchmark, setting, choice, path=path, limit_s=limit_s)
+        results.append(result)
+        say("\n" + "\n\n".join(as_text(table) for table in benchmark.tables(result)) + "\n")
+        if result["is_interrupted"]:
+            break
+    lines = [f"{folder / name}.json" for name in (result["benchmark"] for result in results)]
+    lines.append(str(write_page(folder)))
+    if options.record:
+        from ..bench import document
+
+        lines += map(str, document.write())
+    wrong = [row for result in results for row in result["rows"] if is_own(row) and row["state"] in ("void", "failed")]
+    lines += [f"wrong or failed: {row['key']}: {row['reason']}" for row in wrong]
+    return Answer(results, "\n".join(lines), EXIT_WORSE if wrong else 0)
+
+
+def choice_of(options: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Choice:
+    for name in ("modes", "baseline", "model", "batch"):
+        if getattr(options, name) and [one.name for one in benchmarks] != ["step"]:
+            raise ConfigError(f"--{name} is an option of burnish bench run step")
+    return Choice(
+        is_quick=options.quick,
+        only=tuple(options.only or ()),
+        modes=tuple(options.modes.split(",")) if options.modes else (),
+        baseline=options.baseline,
+        model=options.model,
+        batch=options.batch,
+    )
+
+
+def setting_of(options: argparse.Namespace, say: Say) -> Setting:
+    threads = num_cpus() if options.threads is None else options.threads
+    return Setting(device_here(), threads, options.rounds, options.quick, say)
+
+
+def device_here() -> str:
+    if not has_gpu_driver():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def listed(benchmarks: Sequence[Benchmark], choice: Choice, device: str) -> Answer:
+    """`run --list`: the keys of what would be measured."""
+    found = {}
+    for benchmark in benchmarks:
+        items = runner.chosen(benchmark.items(device, choice), choice.only, name=benchmark.name)
+        found[benchmark.name] = [item.key for item in items]
+    return Answer(found, "\n".join(f"{name}: {key}" for name, keys in found.items() for key in keys))
+
+
+def folder_for(options: argparse.Namespace) -> Path:
+    """Where the results go, made; found wrong before minutes are spent."""
+    if options.record:
+        if options.out or options.quick or options.only:
+            raise ConfigError("--record keeps a whole full run in bench/results: not with --out, --quick or --only")
+        folder = record.RESULTS / record.hardware_here(device_here())
     else:
-        result, text = step(options, steps, workload_of(options, threads), say)
-    result |= described()
-    if out is not None:
-        write_json(out, result)
-    return result, text
+        folder = Path(options.out) if options.out else DEFAULT_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror}") from None
+    return folder
 
 
-def workload_of(options: argparse.Namespace, num_threads: int) -> Workload:
+def is_own(row: dict[str, Any]) -> bool:
+    """Whether the row is about burnish: a peer that fails is a finding, burnish failing is an error."""
+    return str(row.get("mode") or row.get("method") or "burnish").startswith("burnish")
+
+
+def write_page(folder: Path) -> Path:
+    """The page of all results in the folder, beside them, or in runs/bench where they are the repository's."""
+    from ..bench import page
+
+    target = DEFAULT_FOLDER if record.RESULTS in folder.absolute().parents else folder
+    target.mkdir(parents=True, exist_ok=True)
+    page.write(record.load_all(folder), target / REPORT)
+    return target / REPORT
+
+
+def compare(options: argparse.Namespace, _say: Say) -> Answer:
+    """`compare A B`: whether B is worse than A."""
+    from ..bench.compare import compare as judge
+    from ..bench.compare import tables
+
+    if len(options.names) != 2:
+        raise ConfigError("burnish bench compare needs two results or folders: compare OLD NEW")
+    before, after = (record.load_all(name) for name in options.names)
+    found = judge(before, after, tolerance=tolerance_of(options.tolerance), with_times=options.times)
+    text = "\n\n".join(as_text(table) for table in tables(found))
+    return Answer(found.to_dict(), text, EXIT_WORSE if found.is_regression else 0)
+
+
+def tolerance_of(text: str | None) -> float:
+    """`10%` or `0.1` -> 0.1."""
+    if text is None:
+        from ..bench.compare import TOLERANCE
+
+        return TOLERANCE
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise ConfigError(f"--tolerance {text!r}: give a share, for example 10% or 0.1")
+    return value
+
+
+def verify(options: argparse.Namespace, say: Say) -> Answer:
+    """`verify`: documents against results, results against themselves, and measured again."""
+    from ..bench.verify import tables
+    from ..bench.verify import verify as check
+
+    no_names(options)
+    limit_s = float(options.seconds) if options.seconds else float("inf")
+    found = check(setting_of(options, say), is_remeasured=not options.docs_only, limit_s=limit_s)
+    text = "\n\n".join(as_text(table) for table in tables(found))
+    return Answer(found.to_dict(), text, EXIT_WORSE if found.problems else 0)
+
+
+def report(options: argparse.Namespace, _say: Say) -> Answer:
+    """`report [FOLDER…]`: one page of results; without folders those of the last run, else the committed ones."""
+    from ..bench import page
+
+    folders = [Path(name) for name in options.names]
+    if not folders:
+        has_own = DEFAULT_FOLDER.is_dir() and any(DEFAULT_FOLDER.glob("*.json"))
+        folders = [DEFAULT_FOLDER] if has_own else sorted(path for path in record.RESULTS.iterdir() if path.is_dir())
+    if not folders:
+        raise ConfigError("there is no result yet; burnish bench run makes some")
+    results = [result for folder in folders for result in record.load_all(folder)]
+    out = Path(options.out) if options.out else DEFAULT_FOLDER / REPORT
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        page.write(results, out)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: {error.strerror}") from None
+    return Answer({"report": str(out), "num_results": len(results)}, str(out))
+
+
+def docs(options: argparse.Namespace, _say: Say) -> Answer:
+    """`docs`: writes docs/benchmarks.md and the figures of the README from the committed results."""
+    from ..bench import document
+
+    no_names(options)
+    paths = [str(path) for path in document.write()]
+    return Answer({"written": paths}, "\n".join(paths))
+
+
+def profile(options: argparse.Namespace, say: Say) -> Answer:
+    """`profile MODE`: the operations that the time of one step goes to."""
+    from ..bench.bench_step import profile as measure_profile
+    from ..bench.pool import WorkerDied
+
+    if len(options.names) != 1:
+        raise ConfigError("burnish bench profile needs one mode, for example: profile burnish")
+    mode, workload = options.names[0], workload_of(options)
+    try:
+        found = measure_profile(mode, workload, num_warmup=NUM_WARMUP, num_rows=NUM_PROFILE_ROWS, say=say)
+    except WorkerDied as died:
+        raise TrainingError(f"{mode}: {died}") from None
+    times = (1000 * found["plain_time_s"], 1000 * found["time_s"])
+    text = f"{found['profile']}\n{mode}: {times[0]:.0f} ms, with the profiler {times[1]:.0f} ms"
+    return Answer(found | {"workload": workload.to_dict()}, text)
+
+
+def workload_of(options: argparse.Namespace) -> Workload:
     num_sequences, length = parse_batch(options.batch or DEFAULT_BATCH)
-    work = Workload(num_sequences=num_sequences, length=length, num_threads=num_threads)
+    threads = num_cpus() if options.threads is None else options.threads
+    work = Workload(num_sequences=num_sequences, length=length, num_threads=threads)
     if options.model is None:
         return work
     return replace(work, model=MODELS.get(options.model, {"path": options.model}))
 
 
-def out_file(path: str | None) -> Path | None:
-    """Where the result goes; found wrong before hours are spent."""
-    if path is None:
-        return None
-    if not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--out {path}: no such folder {Path(path).absolute().parent}")
-    return Path(path)
+def no_names(options: argparse.Namespace) -> None:
+    if options.names:
+        raise ConfigError(f"burnish bench {options.action} takes no {options.names[0]!r}")
 
 
-def profile(mode: str, workload: Workload, say: Say) -> Result:
-    from ..bench.bench_step import profile as measure
-    from ..bench.pool import WorkerDied
+@dataclass(frozen=True)
+class Action:
+    """One action and the options it takes."""
 
-    try:
-        found = measure(mode, workload, num_warmup=NUM_WARMUP, num_rows=NUM_PROFILE_ROWS, say=say)
-    except WorkerDied as died:
-        raise TrainingError(f"{mode}: {died}") from None
-    text = (
-        f"{found['profile']}\n{mode}: {1000 * found['plain_time_s']:.0f} ms, with the profiler "
-        f"{1000 * found['time_s']:.0f} ms"
-    )
-    return found | workload_fields(workload), text
+    function: Callable[[argparse.Namespace, Say], Answer]
+    options: tuple[str, ...] = ()
 
 
-def step(options: argparse.Namespace, num_steps: int, workload: Workload, say: Say) -> Result:
-    from ..bench.bench_step import check_names, measure, summarise
-    from ..bench.table import step_table
-
-    modes = list(dict.fromkeys(options.modes.split(","))) if options.modes else list(DEFAULT_MODES)
-    baseline = options.baseline or ("peft" if "peft" in modes else modes[0])
-    check_names([*modes, baseline])
-    if baseline not in modes:
-        raise ConfigError(f"--baseline {baseline} is not among the modes {','.join(modes)}")
-    found = measure(modes, workload, baseline=baseline, num_steps=num_steps, num_warmup=NUM_WARMUP, say=say)
-    result = summarise(found) | {"num_warmup": NUM_WARMUP} | workload_fields(workload)
-    return result, step_table(result | {"environment": environment()})
-
-
-def kernels(options: argparse.Namespace, num_rounds: int, num_threads: int, say: Say) -> Result:
-    import torch
-
-    from ..bench.bench_kernels import measure
-    from ..bench.table import kernel_table
-    from ..kernels.registry import OPS
-
-    torch.set_num_threads(num_threads)
-    names = options.ops.split(",") if options.ops else list(OPS)
-    result = measure(names, num_rounds=num_rounds, is_compiled=not options.quick, say=say)
-    return result | {"num_threads": num_threads}, kernel_table(result)
-
-
-def workload_fields(workload: Workload) -> dict[str, Any]:
-    return {"workload": workload.to_dict(), "config": workload.config().model_dump(mode="json")}
-
-
-def described() -> dict[str, Any]:
-    """What a number is worth nothing without: when, how, where and with what."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["burnish", *sys.argv[1:]],
-        "environment": environment(),
-    }
+STEP_OPTIONS = ("modes", "baseline", "model", "batch")
+ACTIONS = {
+    "run": Action(measure, ("quick", "only", "list", *STEP_OPTIONS, "rounds", "threads", "seconds", "out", "record")),
+    "compare": Action(compare, ("tolerance", "times")),
+    "verify": Action(verify, ("docs_only", "rounds", "threads", "seconds")),
+    "report": Action(report, ("out",)),
+    "docs": Action(docs),
+    "profile": Action(profile, ("model", "batch", "threads")),
+}
+NAMES_OF_OPTIONS = tuple(dict.fromkeys(name for action in ACTIONS.values() for name in action.options))

@@ -1,6 +1,7 @@
 """The `burnish` command: verbs, options, and errors as one sentence and an exit code. Imports no torch.
 
-Exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 130 interrupted.
+Exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 6 a benchmark got worse or
+a document is wrong, 130 interrupted.
 """
 
 import argparse
@@ -79,19 +80,25 @@ def _config_verb(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("step", "kernels"), help="whole training steps, or every fused operation")
-    parser.add_argument("--modes", metavar="A,B,...", help="step: default PEFT in three ways, TRL, burnish")
-    parser.add_argument("--baseline", metavar="MODE", help="step: what the others are compared with; default: peft")
-    parser.add_argument("--batch", metavar="BxT", help="step: sequences x tokens; default: 4x256")
-    parser.add_argument(
-        "--model", metavar="MODEL", help="step: a model's path, or a shape with random weights: llama-1b"
-    )
-    parser.add_argument("--profile", metavar="MODE", help="step: instead, where the time of one step of this mode goes")
-    parser.add_argument("--ops", metavar="A,B,...", help="kernels: default all operations")
-    parser.add_argument("--quick", action="store_true", help="kernels: not against torch.compile")
-    parser.add_argument("--steps", type=int, metavar="N", help="measured steps or calls; default: 5 steps, 20 calls")
+    actions = ("run", "compare", "verify", "report", "docs", "profile")
+    parser.add_argument("action", choices=actions, help="measure; judge two results; check the documents; write them")
+    names = "run: kernels, step, memory, scale (default all); compare: OLD NEW; report: folders; profile: a mode"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=names)
+    parser.add_argument("--quick", action="store_true", help="run: small cases, few rounds")
+    parser.add_argument("--only", action="append", metavar="PATTERN", help="run: only what matches; several times")
+    parser.add_argument("--list", action="store_true", help="run: show what would be measured")
+    parser.add_argument("--modes", metavar="A,B,...", help="run step: these modes, on one configuration")
+    parser.add_argument("--baseline", metavar="MODE", help="run step: what the others are compared with; default: peft")
+    parser.add_argument("--model", metavar="MODEL", help="run step, profile: a model's path, or a shape: llama-1b")
+    parser.add_argument("--batch", metavar="BxT", help="run step, profile: sequences x tokens; default: 4x256")
+    parser.add_argument("--rounds", type=int, metavar="N", help="measured steps or calls of each")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")
-    parser.add_argument("--out", metavar="FILE", help="write the result with its raw samples, as JSON")
+    parser.add_argument("--seconds", type=int, metavar="N", help="begin nothing that would end later")
+    parser.add_argument("--out", metavar="PATH", help="run: folder, default runs/bench; report: file")
+    parser.add_argument("--record", action="store_true", help="run: keep the results in bench/results, write the docs")
+    parser.add_argument("--tolerance", metavar="SHARE", help="compare: how much worse is still the same; default: 10%%")
+    parser.add_argument("--times", action="store_true", help="compare: absolute times as well, on the same machine")
+    parser.add_argument("--docs-only", action="store_true", help="verify: measure nothing again")
 
 
 VERBS = {
@@ -162,7 +169,8 @@ def overview() -> str:
         "burnish fine-tunes pre-trained models from one YAML file.\n\n"
         f"usage: burnish VERB … [--json]\n\n{verbs}\n\n"
         "burnish VERB --help explains a verb; burnish --version tells the version.\n"
-        "exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 130 interrupted"
+        "exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed,\n"
+        "6 a benchmark got worse or a document is wrong, 130 interrupted"
     )
 
 

@@ -166,7 +166,7 @@ def config(options: argparse.Namespace, _progress: TextIO) -> Answer:
 def bench(options: argparse.Namespace, progress: TextIO) -> Answer:
     from .bench import run
 
-    return Answer(*run(options, progress))
+    return run(options, progress)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, TextIO], Answer]] = {
