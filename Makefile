@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 MADE := .venv/.made-from-constraints
 
-.PHONY: .venv quickstart train test lint
+.PHONY: .venv quickstart train test bench lint
 
 quickstart: $(MADE)
 	$(BIN)/burnish train configs/quickstart.yaml --fresh $(ARGS)
@@ -16,6 +16,10 @@ train: $(MADE)
 
 test: $(MADE)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The quick suite on this machine: tables, runs/bench/*.json and runs/bench/report.html.
+bench: $(MADE)
+	$(BIN)/burnish bench run --quick $(ARGS)
 
 # mypy sees the package under its own name through links, because the repository root is the package.
 lint: $(MADE)

@@ -1,4 +1,4 @@
-"""All that needs a GPU in one command: tests of the kernels, their benchmark, whole steps; results go into one folder.
+"""All that needs a GPU in one command: tests of the kernels and every benchmark; the results go into one folder.
 
 `python bench/gpu_session.py FOLDER [SECONDS]` needs the requirements of burnish but no installation of it. The most
 important comes first; what does not get its turn in SECONDS is named in FOLDER/summary.json as not measured.
@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SECONDS = 540
 GRACE_S = 15
 """Left to a part that is interrupted, to write what it has."""
+SPARE_S = 10
+"""Between the end of a benchmark's own time and the moment it is interrupted."""
 TAIL_LINES = 30
 
 
@@ -31,20 +33,19 @@ class Part:
 
 
 def parts(folder: Path) -> list[Part]:
-    """What is run, the most important first."""
+    """What is run, the most important first. Each benchmark ends by itself before its limit and keeps what it has."""
 
-    def bench(name: str, *arguments: str, limit_s: int) -> Part:
-        out = ("--out", str(folder / f"{name}.json"))
-        return Part(name, ("burnish.launch.cli", "bench", *arguments, *out), limit_s)
+    def bench(name: str, *, limit_s: int) -> Part:
+        options = ("--seconds", str(limit_s - SPARE_S), "--out", str(folder))
+        return Part(name, ("burnish.launch.cli", "bench", "run", name, *options), limit_s)
 
-    step = ("step", "--modes", "peft,peft-bf16,burnish", "--steps", "10", "--batch", "4x2048", "--model")
     tests = ("pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py")
     return [
-        Part("tests", tests, 240),
-        bench("kernels", "kernels", "--quick", limit_s=150),
-        bench("step-1b", *step, "llama-1b", limit_s=150),
-        bench("step-8b-4-layers", *step, "llama-8b-4-layers", limit_s=150),
-        bench("kernels-compiled", "kernels", "--steps", "10", limit_s=300),
+        Part("tests", tests, 120),
+        bench("kernels", limit_s=150),
+        bench("step", limit_s=170),
+        bench("memory", limit_s=70),
+        bench("scale", limit_s=30),
     ]
 
 

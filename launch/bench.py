@@ -21,9 +21,11 @@ from .resources import has_gpu_driver, num_cpus
 
 DEFAULT_FOLDER = Path("runs/bench")
 DEFAULT_BATCH = "4x256"
+DEFAULT_TOLERANCE = 0.1
 REPORT = "report.html"
 NUM_WARMUP = 2
 NUM_PROFILE_ROWS = 30
+EXIT_INTERRUPTED = 130
 EXIT_WORSE = 6
 """A figure got worse, a result of burnish is wrong, or a document says what the results do not."""
 
@@ -74,7 +76,8 @@ def measure(options: argparse.Namespace, say: Say) -> Answer:
         lines += map(str, document.write())
     wrong = [row for result in results for row in result["rows"] if is_own(row) and row["state"] in ("void", "failed")]
     lines += [f"wrong or failed: {row['key']}: {row['reason']}" for row in wrong]
-    return Answer(results, "\n".join(lines), EXIT_WORSE if wrong else 0)
+    is_cut = results[-1]["is_interrupted"]
+    return Answer(results, "\n".join(lines), EXIT_INTERRUPTED if is_cut else EXIT_WORSE if wrong else 0)
 
 
 def choice_of(options: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> Choice:
@@ -145,23 +148,20 @@ def write_page(folder: Path) -> Path:
 
 def compare(options: argparse.Namespace, _say: Say) -> Answer:
     """`compare A B`: whether B is worse than A."""
+    if len(options.names) != 2:
+        raise ConfigError("burnish bench compare needs two results or folders: compare OLD NEW")
+    tolerance = DEFAULT_TOLERANCE if options.tolerance is None else share(options.tolerance)
+    before, after = (record.load_all(name) for name in options.names)
     from ..bench.compare import compare as judge
     from ..bench.compare import tables
 
-    if len(options.names) != 2:
-        raise ConfigError("burnish bench compare needs two results or folders: compare OLD NEW")
-    before, after = (record.load_all(name) for name in options.names)
-    found = judge(before, after, tolerance=tolerance_of(options.tolerance), with_times=options.times)
+    found = judge(before, after, tolerance=tolerance, with_times=options.times)
     text = "\n\n".join(as_text(table) for table in tables(found))
     return Answer(found.to_dict(), text, EXIT_WORSE if found.is_regression else 0)
 
 
-def tolerance_of(text: str | None) -> float:
+def share(text: str) -> float:
     """`10%` or `0.1` -> 0.1."""
-    if text is None:
-        from ..bench.compare import TOLERANCE
-
-        return TOLERANCE
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -173,10 +173,10 @@ def tolerance_of(text: str | None) -> float:
 
 def verify(options: argparse.Namespace, say: Say) -> Answer:
     """`verify`: documents against results, results against themselves, and measured again."""
+    no_names(options)
     from ..bench.verify import tables
     from ..bench.verify import verify as check
 
-    no_names(options)
     limit_s = float(options.seconds) if options.seconds else float("inf")
     found = check(setting_of(options, say), is_remeasured=not options.docs_only, limit_s=limit_s)
     text = "\n\n".join(as_text(table) for table in tables(found))
@@ -185,8 +185,6 @@ def verify(options: argparse.Namespace, say: Say) -> Answer:
 
 def report(options: argparse.Namespace, _say: Say) -> Answer:
     """`report [FOLDER…]`: one page of results; without folders those of the last run, else the committed ones."""
-    from ..bench import page
-
     folders = [Path(name) for name in options.names]
     if not folders:
         has_own = DEFAULT_FOLDER.is_dir() and any(DEFAULT_FOLDER.glob("*.json"))
@@ -194,6 +192,8 @@ def report(options: argparse.Namespace, _say: Say) -> Answer:
     if not folders:
         raise ConfigError("there is no result yet; burnish bench run makes some")
     results = [result for folder in folders for result in record.load_all(folder)]
+    from ..bench import page
+
     out = Path(options.out) if options.out else DEFAULT_FOLDER / REPORT
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -205,9 +205,9 @@ def report(options: argparse.Namespace, _say: Say) -> Answer:
 
 def docs(options: argparse.Namespace, _say: Say) -> Answer:
     """`docs`: writes docs/benchmarks.md and the figures of the README from the committed results."""
+    no_names(options)
     from ..bench import document
 
-    no_names(options)
     paths = [str(path) for path in document.write()]
     return Answer({"written": paths}, "\n".join(paths))
 

@@ -1,0 +1,250 @@
+"""Running a benchmark and the verb `bench`, on a fake benchmark: files, progress, interruption, limits, mistakes."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+from burnish.bench import record, runner, suite
+from burnish.bench.benchmark import Benchmark, Choice, Figure, Item, Setting, Table
+from burnish.harness.errors import ConfigError
+from burnish.launch.cli import main
+
+CHOICE = Choice()
+
+
+def fake(measure, *, keys=("one", "two", "three"), cost_s=1.0):
+    """A benchmark of one row for each key."""
+    return Benchmark(
+        name="fake",
+        summary="for tests",
+        items=lambda _device, _choice: [Item(key, (key,), cost_s=cost_s) for key in keys],
+        prepare=lambda _setting: {"peaks": {"fp32": 1.0}},
+        measure=measure,
+        figures=lambda row: [Figure(f"{row['key']} · time", "time", row["time_s"], (row["time_s"],), "lower")],
+        tables=lambda result: [
+            Table("fake", ("what", "state"), [(row["key"], row["state"]) for row in result["rows"]], ("a note",))
+        ],
+    )
+
+
+def good(item, _setting):
+    yield {"key": item.key, "state": "ok", "reason": None, "time_s": 1.5}
+
+
+def setting(say=lambda _: None):
+    return Setting("cpu", 1, None, False, say)
+
+
+def test_a_result_names_hardware_versions_commit_options_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["burnish", "bench", "run", "fake"])
+    path = tmp_path / "fake.json"
+    runner.run(fake(good), setting(), CHOICE, path=path)
+    result = record.load(path)
+    assert [row["key"] for row in result["rows"]] == ["one", "two", "three"]
+    assert result["command"] == ["burnish", "bench", "run", "fake"]
+    assert result["hardware"].startswith("cpu-")
+    assert {"cpu", "num_cpus", "cpu_features", "libraries", "git_commit"} <= result["environment"].keys()
+    assert len(result["options_hash"]) == 64
+    assert (result["is_interrupted"], result["is_quick"], result["peaks"]) == (False, False, {"fp32": 1.0})
+
+
+def test_other_options_have_another_hash():
+    one, other = (record.opened("fake", setting(), choice, {}) for choice in (CHOICE, Choice(is_quick=True)))
+    assert one["options_hash"] != other["options_hash"]
+    assert record.hash_of({"a": 1, "b": 2}) == record.hash_of({"b": 2, "a": 1})
+
+
+def test_the_file_is_whole_after_every_row_and_a_killed_run_keeps_them(tmp_path):
+    path, seen = tmp_path / "fake.json", []
+
+    def dies(item, _setting):
+        seen.append([row["key"] for row in record.load(path)["rows"]] if path.exists() else None)
+        if item.key == "three":
+            raise RuntimeError("power cut")
+        yield from good(item, _setting)
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        runner.run(fake(dies), setting(), CHOICE, path=path)
+    assert seen == [None, ["one"], ["one", "two"]]
+    assert record.load(path)["is_interrupted"]
+
+
+def test_an_interruption_keeps_what_there_is_and_names_the_rest(tmp_path):
+    def interrupted(item, _setting):
+        yield from good(item, _setting)
+        if item.key == "two":
+            raise KeyboardInterrupt
+
+    lines = []
+    result = runner.run(fake(interrupted), setting(lines.append), CHOICE, path=tmp_path / "fake.json")
+    assert result["is_interrupted"]
+    assert [row["state"] for row in result["rows"]] == ["ok", "ok", "not measured"]
+    assert record.load(tmp_path / "fake.json") == json.loads(json.dumps(result))
+    assert any("kept" in line for line in lines)
+
+
+def test_an_interruption_before_anything_was_measured_is_one(tmp_path):
+    def interrupted(_item, _setting):
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(fake(interrupted), setting(), CHOICE)
+
+
+def test_no_item_begins_that_would_end_after_the_limit(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock.now)
+
+    def slow(item, _setting):
+        clock.now += 20  # twice what the item said
+        yield from good(item, _setting)
+
+    result = runner.run(fake(slow, cost_s=10.0), setting(), CHOICE, limit_s=55)
+    assert [row["state"] for row in result["rows"]] == ["ok", "ok", "not measured"]
+    assert result["rows"][-1]["reason"] == runner.OUT_OF_TIME
+    assert result["time_s"] == 40
+
+
+def test_progress_tells_what_is_left(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock.now)
+    lines = []
+
+    def slow(item, _setting):
+        clock.now += 2
+        yield from good(item, _setting)
+
+    runner.run(fake(slow), setting(lines.append), CHOICE)
+    assert lines == [
+        "fake 1 of 3, about 3.0 s left: one",
+        "fake 2 of 3, about 4.0 s left: two",
+        "fake 3 of 3, about 2.0 s left: three",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("only", "keys"), [((), ["one", "two", "three"]), (("t*",), ["two", "three"]), (("ne", "three"), ["one", "three"])]
+)
+def test_patterns_choose_items(only, keys):
+    result = runner.run(fake(good), setting(), Choice(only=only))
+    assert [row["key"] for row in result["rows"]] == keys
+
+
+def test_a_pattern_without_a_match_is_a_mistake():
+    with pytest.raises(ConfigError, match="'four' is nothing that fake measures"):
+        runner.run(fake(good), setting(), Choice(only=("one", "four")))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 0, "rows": []}', None])
+def test_a_file_that_is_no_result_is_named(tmp_path, content):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"x\.json"):
+        record.load(path)
+    if content is None:
+        with pytest.raises(ConfigError, match="no result"):
+            record.load_all(tmp_path)
+
+
+def test_hardware_has_a_name_that_tells_matrix_units_apart():
+    machine = {"num_cpus": 2, "cpu": "Intel(R) Xeon(R) Processor", "cpu_features": ["amx_bf16", "avx2"], "gpu": None}
+    assert record.hardware(machine, "cpu") == "cpu-2-intel-xeon-processor-amx-bf16"
+    assert record.hardware(machine | {"cpu_features": []}, "cpu") == "cpu-2-intel-xeon-processor"
+    assert record.hardware(machine | {"gpu": "NVIDIA H200"}, "cuda") == "nvidia-h200"
+
+
+@pytest.fixture
+def verb(capsys, monkeypatch, tmp_path):
+    """The verb with the fake benchmark as the only one, in an empty folder: arguments -> (code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    benchmark = SimpleNamespace(current=fake(good))
+    monkeypatch.setattr(suite, "MODULES", {"fake": ""})
+    monkeypatch.setattr(suite, "benchmark", lambda _name: benchmark.current)
+
+    def run(*arguments, measure=None):
+        if measure is not None:
+            benchmark.current = fake(measure)
+        code = main(["bench", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_run_prints_the_table_and_writes_json_and_page(verb, tmp_path):
+    code, out, err = verb("run", "--out", "here")
+    assert (code, err) == (0, "")
+    assert "what   state" in out
+    assert "a note" in out
+    assert record.load(tmp_path / "here" / "fake.json")["is_interrupted"] is False
+    assert (tmp_path / "here" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_result_of_burnish_that_is_wrong_is_exit_6_and_named(verb):
+    def wrong(item, _setting):
+        state = "void" if item.key == "two" else "ok"
+        yield {"key": item.key, "state": state, "reason": "off by 0.1", "time_s": 1.0}
+
+    code, out, _ = verb("run", measure=wrong)
+    assert code == 6
+    assert "wrong or failed: two: off by 0.1" in out
+
+
+def test_a_peer_that_fails_is_no_error(verb):
+    def fails(item, _setting):
+        yield {"key": item.key, "state": "failed", "reason": "no memory", "mode": "peft"}
+
+    assert verb("run", measure=fails)[0] == 0
+
+
+def test_an_interrupted_run_is_exit_130_and_kept(verb, tmp_path):
+    def interrupted(item, _setting):
+        yield from good(item, _setting)
+        raise KeyboardInterrupt
+
+    assert verb("run", measure=interrupted)[0] == 130
+    assert [row["state"] for row in record.load(tmp_path / "runs/bench/fake.json")["rows"]] == [
+        "ok",
+        "not measured",
+        "not measured",
+    ]
+
+
+def test_a_list_measures_nothing(verb, tmp_path):
+    code, out, _ = verb("run", "--list", "--only", "t*")
+    assert (code, out.split("\n")) == (0, ["fake: two", "fake: three", ""])
+    assert not (tmp_path / "runs").exists()
+
+
+MISTAKES = {
+    "no action": ([], "required"),
+    "unknown action": (["everything"], "everything"),
+    "rounds": (["run", "--rounds", "0"], "--rounds 0: at least 1"),
+    "option of another": (["run", "--times"], "--times is an option of burnish bench compare"),
+    "option with a dash": (["run", "--docs-only"], "--docs-only is an option of burnish bench verify"),
+    "option of one benchmark": (["run", "--modes", "peft"], "--modes is an option of burnish bench run step"),
+    "record and quick": (["run", "--record", "--quick"], "--record keeps a whole full run"),
+    "pattern": (["run", "--only", "nothing"], "'nothing' is nothing that fake measures"),
+    "folder that is a file": (["run", "--out", "file"], "--out file"),
+    "one result to compare": (["compare", "file"], "needs two results"),
+    "comparing what is no result": (["compare", "file", "file"], "file: no JSON"),
+    "tolerance": (["compare", "a", "b", "--tolerance", "much"], "--tolerance 'much'"),
+    "names for verify": (["verify", "kernels"], "takes no 'kernels'"),
+    "profile of nothing": (["profile"], "needs one mode"),
+    "profile of no mode": (["profile", "nothing"], "'nothing' is no mode"),
+    "batch": (["profile", "burnish", "--batch", "4*256"], "sequences x tokens"),
+    "report of no folder": (["report", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_2(verb, tmp_path, name):
+    (tmp_path / "file").write_text("no result")
+    arguments, words = MISTAKES[name]
+    code, out, err = verb(*arguments)
+    assert (code, out) == (2, "")
+    assert re.search(words, err, re.IGNORECASE)
+    assert err.count("\n") == 1
