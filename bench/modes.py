@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -15,10 +16,32 @@ class Mode:
     options: Mapping[str, Any] = field(default_factory=dict)
     keeps_memory: bool = False
     """Whether freed memory stays with the process, see harness.allocator."""
+    needs: tuple[str, ...] = ()
+    """Packages it cannot do without and that burnish itself does not need on every machine."""
+    is_quantized: bool = False
+    """Whether the frozen linear layers are nf4."""
+
+    def missing(self) -> list[str]:
+        """The packages of `needs` that are not installed."""
+        return [name for name in self.needs if find_spec(name) is None]
 
 
 def _peft(summary: str, *, keeps_memory: bool = False, **options: Any) -> Mode:
     return Mode(summary, ".peers", "run_peft", options, keeps_memory=keeps_memory)
+
+
+def _peft_qlora(summary: str, **options: Any) -> Mode:
+    options = FP32_ADAPTERS | {"is_quantized": True} | options
+    return Mode(summary, ".peers", "run_peft", options, needs=("bitsandbytes",), is_quantized=True)
+
+
+def _burnish(summary: str, **options: Any) -> Mode:
+    return Mode(summary, ".own", "run_burnish", options, keeps_memory=True)
+
+
+def _burnish_qlora(summary: str, **options: Any) -> Mode:
+    options = {"method": "qlora"} | options
+    return Mode(summary, ".own", "run_burnish", options, keeps_memory=True, needs=("bitsandbytes",), is_quantized=True)
 
 
 FP32_ADAPTERS: dict[str, Any] = {"has_fp32_adapters": True, "autocast": True}
@@ -29,10 +52,14 @@ MODES = {
     "peft+malloc": _peft("peft, freed memory kept", keeps_memory=True, **FP32_ADAPTERS),
     "peft-bf16+malloc": _peft("peft-bf16, freed memory kept", keeps_memory=True, **BF16_ADAPTERS),
     "peft-compile": _peft("peft-bf16 under torch.compile", is_compiled=True, **BF16_ADAPTERS),
-    "sft": Mode("TRL SFTTrainer, its defaults", ".peers", "run_sft"),
+    "peft-gc": _peft("peft with gradient checkpointing", has_checkpointing=True, **FP32_ADAPTERS),
+    "peft-qlora": _peft_qlora("PEFT QLoRA: nf4, double quantisation, bf16 autocast"),
+    "peft-qlora-gc": _peft_qlora("peft-qlora with gradient checkpointing", has_checkpointing=True),
+    "sft": Mode("TRL SFTTrainer, its defaults", ".peers", "run_sft", needs=("trl",)),
     "fp32": _peft("PEFT, everything in fp32", is_fp32=True, **BF16_ADAPTERS),
-    "burnish": Mode("burnish", ".own", "run_burnish", keeps_memory=True),
-    "burnish-unfused": Mode(
-        "burnish, fused kernels off", ".own", "run_burnish", {"is_fused": False}, keeps_memory=True
-    ),
+    "burnish": _burnish("burnish"),
+    "burnish-unfused": _burnish("burnish, fused kernels off", is_fused=False),
+    "burnish-full-gc": _burnish("burnish, full activation checkpointing", checkpointing="full"),
+    "burnish-qlora": _burnish_qlora("burnish, nf4 with double quantisation"),
+    "burnish-qlora-gc": _burnish_qlora("burnish-qlora, full activation checkpointing", checkpointing="full"),
 }

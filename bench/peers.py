@@ -8,29 +8,58 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+)
 
 from ..harness.pretrained import locate, quiet
 from .turns import Finished, Turns
 from .workload import Workload
 
 
-def load_base(workload: Workload, dtype: torch.dtype) -> Any:
-    """The model as transformers alone loads it, or random weights where the workload says `init`."""
+def load_base(workload: Workload, dtype: torch.dtype, *, device: str = "cpu") -> Any:
+    """The model as transformers alone loads it, or random weights where the workload says `init`.
+
+    Random weights are drawn on the device: on a CPU a billion of them takes half a minute.
+    """
     quiet()
     if "init" in workload.model:
         torch.manual_seed(workload.seed)
         model_config = AutoConfig.for_model(**workload.model["init"])
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     origin = locate(workload.model["path"], key="model.path")
     options: dict[str, Any] = {"dtype": dtype} | origin.options()
     if origin.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(origin.path, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(origin.path, **options)
+    return model.to(device)
+
+
+def quantized(model: Any, device: str) -> Any:
+    """The same model in nf4 with double quantisation: neither GGUF files nor random weights can be made in it."""
+    return type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=model.dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        device_map={"": device},
+    )
 
 
 def load_tokenizer(workload: Workload) -> Any:
@@ -79,17 +108,25 @@ def run_peft(
     autocast: bool,
     is_compiled: bool = False,
     is_fp32: bool = False,
+    is_quantized: bool = False,
+    has_checkpointing: bool = False,
 ) -> None:
     """PEFT in the plain loop of its documentation. `has_fp32_adapters` is PEFT's default (autocast_adapter_dtype)."""
     turns.mark_floor()
-    base = load_base(workload, torch.float32 if is_fp32 else torch.bfloat16).to(turns.device)
+    base = load_base(workload, torch.float32 if is_fp32 else torch.bfloat16, device=turns.device)
+    if is_quantized:
+        base = quantized(base, turns.device)
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=has_checkpointing)
+    elif has_checkpointing:
+        base.gradient_checkpointing_enable()
+        base.enable_input_require_grads()
     model: Any = get_peft_model(base, lora_config(workload), autocast_adapter_dtype=has_fp32_adapters).train()
     num_trained = draw_adapter(model, workload.seed)
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=workload.learning_rate, weight_decay=0.0, fused=True)
     forward = torch.compile(model) if is_compiled else model
     torch.manual_seed(workload.seed)
-    turns.ready(num_trained=num_trained)
+    turns.ready(model, num_trained=num_trained)
     while True:
         number = turns.begin()
         ids = workload.batch(number, base.config.vocab_size).to(turns.device)
@@ -157,6 +194,6 @@ def run_sft(workload: Workload, turns: Turns) -> None:
             callbacks=[Waiting()],
         )
         assert trainer.model is not None
-        turns.ready(num_trained=draw_adapter(trainer.model, workload.seed))
+        turns.ready(trainer.model, num_trained=draw_adapter(trainer.model, workload.seed))
         trainer.train()
     raise Finished

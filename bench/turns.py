@@ -41,14 +41,15 @@ class Turns:
         """Call it when all libraries are imported and no weight is loaded."""
         self.floor_bytes = memory("VmRSS", self.device)
 
-    def ready(self, *, num_trained: int) -> None:
+    def ready(self, model: Any, *, num_trained: int) -> None:
         """Call it before the first begin(): says what was built, and forgets the peak that loading had."""
-        loaded = memory("VmRSS", self.device)
         if self.keeps_memory:
             keep_freed_memory()
+        loaded = memory("VmRSS", self.device)
         reset_peak(self.device)
         self._answer(
             {"floor_bytes": self.floor_bytes, "loaded_bytes": loaded, "num_trained": num_trained, "device": self.device}
+            | sizes(model)
         )
 
     def begin(self) -> int:
@@ -85,6 +86,24 @@ class Turns:
     def _answer(self, value: dict[str, Any]) -> None:
         self.answers.write(json.dumps(value) + "\n")
         self.answers.flush()
+
+
+def sizes(model: Any) -> dict[str, int]:
+    """What `metrics.flops_per_token` needs: parameters of a forward pass, layers, heads and head_dim together."""
+    total = sum(map(numel, model.parameters()))
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    return {
+        "num_parameters": total if table is head else total - numel(table),
+        "num_layers": model.config.num_hidden_layers,
+        "heads_width": model.config.num_attention_heads * width,
+    }
+
+
+def numel(parameter: torch.Tensor) -> int:
+    """Its elements; a quantised one has those that it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
 
 
 def memory(field: str, device: str) -> int:

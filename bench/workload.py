@@ -86,15 +86,18 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed * 2**20 + number % self.num_batches)
         return torch.randint(0, vocab_size, (self.num_sequences, self.length), generator=generator)
 
-    def config(self, **sections: Any) -> Config:
-        """The config of a run of burnish that takes these steps. Its data section names no data: tokens are random."""
+    def config(self, *, method: str = "lora", **sections: Any) -> Config:
+        """The config of a run of burnish that takes these steps. Its data section names no data: tokens are random.
+
+        `method` is that of the adapter; `sections` replace whole sections.
+        """
         values: dict[str, Any] = {
             "name": "bench",
             "seed": self.seed,
             "model": self.model | {"dtype": "bf16"},
             "task": {"type": "causal_lm"},
             "data": {"train": "random tokens", "max_length": self.length},
-            "adapter": {"method": "lora", "rank": self.rank, "alpha": float(self.alpha), "dropout": self.dropout},
+            "adapter": {"method": method, "rank": self.rank, "alpha": float(self.alpha), "dropout": self.dropout},
             "optimizer": {"name": "adamw", "learning_rate": self.learning_rate},
             "train": {
                 "max_steps": 1,
