@@ -55,7 +55,22 @@ MODES = {
     "peft-gc": _peft("peft with gradient checkpointing", has_checkpointing=True, **FP32_ADAPTERS),
     "peft-qlora": _peft_qlora("PEFT QLoRA: nf4, double quantisation, bf16 autocast"),
     "peft-qlora-gc": _peft_qlora("peft-qlora with gradient checkpointing", has_checkpointing=True),
-    "sft": Mode("TRL SFTTrainer, its defaults", ".peers", "run_sft", needs=("trl",)),
+    "sft": Mode("TRL SFTTrainer, its defaults", ".trainers", "run_sft", needs=("trl",)),
+    "sft-liger": Mode(
+        "sft with Liger-Kernel", ".trainers", "run_sft", {"is_liger": True}, needs=("trl", "liger_kernel")
+    ),
+    "hf-deepspeed": Mode(
+        "transformers Trainer, PEFT, DeepSpeed ZeRO-2", ".trainers", "run_deepspeed", needs=("deepspeed",)
+    ),
+    "unsloth": Mode("Unsloth and SFTTrainer", ".peer_unsloth", "run_unsloth", needs=("unsloth",)),
+    "unsloth-qlora": Mode(
+        "Unsloth and SFTTrainer, nf4",
+        ".peer_unsloth",
+        "run_unsloth",
+        {"is_quantized": True},
+        needs=("unsloth",),
+        is_quantized=True,
+    ),
     "fp32": _peft("PEFT, everything in fp32", is_fp32=True, **BF16_ADAPTERS),
     "burnish": _burnish("burnish"),
     "burnish-unfused": _burnish("burnish, fused kernels off", is_fused=False),

@@ -1,9 +1,8 @@
-"""What users run without burnish: PEFT in a plain loop, and TRL's SFTTrainer. Only modes of the benchmark.
+"""What users run without burnish: PEFT in a plain loop. Only modes of the benchmark.
 
 Each takes the same step: loss over every next token, gradient norm clipped, fused AdamW without weight decay.
 """
 
-import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from ..harness.pretrained import locate, quiet
-from .turns import Finished, Turns
+from .turns import Turns
 from .workload import Workload
 
 
@@ -82,6 +81,11 @@ def lora_config(workload: Workload) -> LoraConfig:
     )
 
 
+def adapted(base: Any, workload: Workload, *, has_fp32_adapters: bool = True) -> Any:
+    """The PEFT model; `has_fp32_adapters` is PEFT's default (autocast_adapter_dtype)."""
+    return get_peft_model(base, lora_config(workload), autocast_adapter_dtype=has_fp32_adapters).train()
+
+
 @torch.no_grad()
 def draw_adapter(model: nn.Module, seed: int) -> int:
     """Gives every mode the same adapter: A uniform as PEFT draws it, rounded to bf16; B zero.
@@ -111,7 +115,7 @@ def run_peft(
     is_quantized: bool = False,
     has_checkpointing: bool = False,
 ) -> None:
-    """PEFT in the plain loop of its documentation. `has_fp32_adapters` is PEFT's default (autocast_adapter_dtype)."""
+    """PEFT in the plain loop of its documentation."""
     turns.mark_floor()
     base = load_base(workload, torch.float32 if is_fp32 else torch.bfloat16, device=turns.device)
     if is_quantized:
@@ -120,7 +124,7 @@ def run_peft(
     elif has_checkpointing:
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
-    model: Any = get_peft_model(base, lora_config(workload), autocast_adapter_dtype=has_fp32_adapters).train()
+    model = adapted(base, workload, has_fp32_adapters=has_fp32_adapters)
     num_trained = draw_adapter(model, workload.seed)
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=workload.learning_rate, weight_decay=0.0, fused=True)
@@ -141,59 +145,3 @@ def run_peft(
 
 def _autocast(device: str, is_on: bool) -> AbstractContextManager[Any]:
     return torch.autocast(device, dtype=torch.bfloat16) if is_on else nullcontext()
-
-
-def run_sft(workload: Workload, turns: Turns) -> None:
-    """TRL's SFTTrainer with its defaults (gradient checkpointing, bf16 autocast) and its own loop and collator.
-
-    A callback waits for each turn; the data loader of the trainer runs outside the measured time.
-    """
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class Waiting(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            turns.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.end(trainer.last_loss)
-
-    class Observed(SFTTrainer):
-        last_loss = float("nan")
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
-            self.last_loss = float(loss.detach())
-            return loss
-
-    turns.mark_floor()
-    model = load_base(workload, torch.bfloat16)
-    rows = [row.tolist() for n in range(workload.num_batches) for row in workload.batch(n, model.config.vocab_size)]
-    with tempfile.TemporaryDirectory(prefix="burnish-bench-") as folder:
-        trainer = Observed(
-            model=model,
-            args=SFTConfig(
-                output_dir=folder,
-                max_steps=10**6,
-                per_device_train_batch_size=workload.num_sequences,
-                learning_rate=workload.learning_rate,
-                lr_scheduler_type="constant",
-                max_grad_norm=workload.max_grad_norm,
-                max_length=workload.length,
-                seed=workload.seed,
-                train_sampling_strategy="sequential",
-                use_cpu=turns.device == "cpu",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
-            processing_class=load_tokenizer(workload),
-            peft_config=lora_config(workload),
-            callbacks=[Waiting()],
-        )
-        assert trainer.model is not None
-        turns.ready(trainer.model, num_trained=draw_adapter(trainer.model, workload.seed))
-        trainer.train()
-    raise Finished

@@ -17,11 +17,12 @@ MODULES = {
 IMPORTERS = {
     "peft": {"bench.peers", "harness.adapters"},
     "bitsandbytes": {"harness.adapters", "harness.bnb"},
-    "deepspeed": {"harness.zero"},
+    "deepspeed": {"bench.trainers", "harness.zero"},
     "ray": {"launch.ray_cluster", "launch.ray_train"},
     "rich": {"launch.progress"},
     "tensorboard": {"harness.metrics"},
-    "trl": {"bench.peers"},
+    "trl": {"bench.trainers"},
+    "unsloth": {"bench.peer_unsloth"},
 }
 """Library -> the only modules that may import it."""
 TORCH_FREE = (

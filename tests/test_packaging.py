@@ -26,6 +26,7 @@ NOT_IMPORTED = {
 OTHERS_BRING = {
     "tokenizers": "transformers requires it",
     "trl": "a mode of the benchmark, imported where it is asked for; the extra `dev` brings it",
+    "unsloth": "a mode of the benchmark, measured only where it is installed",
 }
 """Modules that our sources import and that are no requirement of their own."""
 
