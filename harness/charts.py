@@ -54,19 +54,35 @@ def chart(
         spots = [spot for part in parts for spot in part if one.style == "marked" or len(part) == 1]
         dots = " ".join(f"M{x:.1f} {y:.1f}h0" for x, y in spots)
         shapes.append(tag("path", d=dots, class_=f"dots {one.colour}") if dots else Markup(""))
-    labels = [tag("span", number(y), class_="y", style=f"top:{place(x_low, y)[1] / 10:.2f}%") for y in y_ticks]
-    labels += [tag("span", number(x), class_="x", style=f"left:{place(x, y_low)[0] / 10:.2f}%") for x in x_ticks]
     described = f"{title}: " + "; ".join(_described(one) for one in drawn)
+    x_labels = [(place(x, y_low)[0], number(x)) for x in x_ticks]
+    y_labels = [(place(x_low, y)[1], number(y)) for y in y_ticks]
+    keys = [(one.name, one.colour) for one in drawn if one.style != "faint" and one.name]
+    return frame(title, plot(shapes, described, x_labels=x_labels, y_labels=y_labels), keys=keys, width=width)
+
+
+def frame(title: str, *content: Any, keys: Sequence[tuple[str, str]], width: Literal["half", "full"]) -> Markup:
+    """A figure: its title, what each colour means (name, colour), then the content."""
+    shown = [tag("span", name, class_=f"key {colour}") for name, colour in keys]
+    caption = tag("figcaption", tag("b", title), join(*shown))
+    return tag("figure", caption, *content, class_=f"chart {width}")
+
+
+def plot(
+    shapes: Sequence[Markup],
+    described: str,
+    *,
+    x_labels: Sequence[tuple[float, str]],
+    y_labels: Sequence[tuple[float, str]],
+    others: Sequence[Markup] = (),
+) -> Markup:
+    """The shapes with (place, text) of the ticks of both axes around them, and other HTML labels upon them."""
     svg = tag(
         "svg", *shapes, viewBox=f"0 0 {EDGE} {EDGE}", preserveAspectRatio="none", role="img", aria_label=described
     )
-    keys = [tag("span", one.name, class_=f"key {one.colour}") for one in drawn if one.style != "faint" and one.name]
-    return tag(
-        "figure",
-        tag("figcaption", tag("b", title), join(*keys)),
-        tag("div", svg, *labels, class_="plot"),
-        class_=f"chart {width}",
-    )
+    labels = [tag("span", name, class_="y", style=f"top:{y / 10:.2f}%") for y, name in y_labels]
+    labels += [tag("span", name, class_="x", style=f"left:{x / 10:.2f}%") for x, name in x_labels]
+    return tag("div", svg, *labels, *others, class_="plot")
 
 
 def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:

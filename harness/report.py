@@ -34,13 +34,20 @@ def write_report(run_dir: RunDir | str | Path) -> dict[str, Any]:
 def page(facts: Facts, summary: dict[str, Any]) -> str:
     """The whole HTML page."""
     sections = (headline, curves, validation, samples, plan, proof, data, history, reproduce, config, environment)
+    return document(
+        f"{summary['name']} · burnish",
+        tag("main", *(one(facts, summary) for one in sections), tag("footer", "Written by burnish report.")),
+    )
+
+
+def document(title: str, body: Markup, *, style: str = "") -> str:
+    """A whole HTML page with the style sheet of reports and more of it; it may load and run nothing."""
     head = join(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
-        tag("title", f"{summary['name']} · burnish"),
-        tag("style", Markup(STYLE)),
+        tag("title", title),
+        tag("style", Markup(STYLE + style)),
     )
-    body = tag("main", *(section(facts, summary) for section in sections), tag("footer", "Written by burnish report."))
     return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", body), lang="en")
 
 
@@ -55,14 +62,14 @@ def headline(facts: Facts, summary: dict[str, Any]) -> Markup:
         note = tag("span", _changed(key, change), class_=_better(change)) if change else _so_far(before, after)
         old, new = _metric(key, before), _metric(key, after)
         values = new if before is None else join(tag("i", f"{old} → "), new)
-        tiles.append(_tile(f"Validation {METRIC_NAMES[key]}", values, note))
-    tiles.append(_tile("Wall time", duration(summary["wall_time_s"]), _attempts(summary["num_attempts"])))
+        tiles.append(tile(f"Validation {METRIC_NAMES[key]}", values, note))
+    tiles.append(tile("Wall time", duration(summary["wall_time_s"]), _attempts(summary["num_attempts"])))
     unit = "Examples" if summary["task"] == "image_classification" else "Tokens"
-    tiles.append(_tile(f"{unit} per second", number(summary["tokens_per_s"]), f"{number(summary['tokens'])} in all"))
-    tiles.append(_tile("Peak memory", size(summary["peak_memory_bytes"]), "of the first worker"))
+    tiles.append(tile(f"{unit} per second", number(summary["tokens_per_s"]), f"{number(summary['tokens'])} in all"))
+    tiles.append(tile("Peak memory", size(summary["peak_memory_bytes"]), "of the first worker"))
     trained, total = (summary["model"].get(key) for key in ("trainable", "total"))
     share = f"{trained / total:.2%} of {number(total)}" if trained and total else ""
-    tiles.append(_tile("Trained parameters", number(trained), share))
+    tiles.append(tile("Trained parameters", number(trained), share))
     steps = f"step {summary['steps']}" + (f" of {summary['total_steps']}" if summary["total_steps"] else "")
     model = summary["model"].get("name") or _config(facts, "model").get("path")
     line = " · ".join(str(part) for part in (model, summary["task"], summary["method"], steps) if part)
@@ -106,7 +113,7 @@ def curves(facts: Facts, summary: dict[str, Any]) -> Markup:
     warning = f"Skipped or not finite at step {_listed(broken)}: a gap in the curves."
     note = tag("p", warning, class_="bad") if broken else None
     axis = tag("p", "Over the optimizer steps done.", class_="soft")
-    return _section("Curves", axis, note, tag("div", drawn, class_="charts")) if drawn else Markup("")
+    return section("Curves", axis, note, tag("div", drawn, class_="charts")) if drawn else Markup("")
 
 
 def validation(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -120,7 +127,7 @@ def validation(facts: Facts, summary: dict[str, Any]) -> Markup:
         for record in facts.evals
     ]
     names = [METRIC_NAMES.get(key, key.replace("_", " ")) for key in keys]
-    return _section("Validation and test", _table(rows, head=["split", "step", *names], class_="figures"))
+    return section("Validation and test", table(rows, head=["split", "step", *names], class_="figures"))
 
 
 def samples(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -135,7 +142,7 @@ def samples(facts: Facts, summary: dict[str, Any]) -> Markup:
         prompt = tag("div", tag("small", "prompt"), _content(sample.get("prompt")))
         grid = tag("div", *shown, class_="answers three" if len(shown) > 2 else "answers")
         cards.append(tag("div", prompt, grid if shown else None, class_="sample"))
-    return _section("Before and after", *cards) if cards else Markup("")
+    return section("Before and after", *cards) if cards else Markup("")
 
 
 def plan(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -150,8 +157,8 @@ def plan(facts: Facts, summary: dict[str, Any]) -> Markup:
     )
     decisions = [item for item in wanted.get("decisions", []) if isinstance(item, dict)]
     rows = [[tag("code", item.get("key")), item.get("value"), item.get("why")] for item in decisions]
-    table = _table(rows, head=["decided by burnish", "value", "because"]) if rows else None
-    return _section("Plan", tag("p", arithmetic), table)
+    decided = table(rows, head=["decided by burnish", "value", "because"]) if rows else None
+    return section("Plan", tag("p", arithmetic), decided)
 
 
 def proof(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -163,7 +170,7 @@ def proof(facts: Facts, summary: dict[str, Any]) -> Markup:
     exact = {key: f"{value:.7g}" if isinstance(value, float) else value for key, value in found.items()}
     exact = _inside(facts, exact)
     rows = [[key.replace("_", " "), _value(key, value)] for key, value in exact.items()]
-    return _section("Proof of the save", tag("p", sentence), _table(rows, class_="stack"))
+    return section("Proof of the save", tag("p", sentence), table(rows, class_="stack"))
 
 
 def data(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -175,8 +182,8 @@ def data(facts: Facts, summary: dict[str, Any]) -> Markup:
         columns = [dict(_flattened(split)) for split in counts.values()]
         keys = list(dict.fromkeys(key for column in columns for key in column))
         cells = [[key, *(number(column.get(key)) for column in columns)] for key in keys]
-        return _section("Data", _table(cells, head=["", *counts], class_="figures"))
-    return _section("Data", _table([[key, number(value)] for key, value in _flattened(counts)], class_="stack"))
+        return section("Data", table(cells, head=["", *counts], class_="figures"))
+    return section("Data", table([[key, number(value)] for key, value in _flattened(counts)], class_="stack"))
 
 
 def history(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -195,7 +202,7 @@ def history(facts: Facts, summary: dict[str, Any]) -> Markup:
         clock = duration(event["time"] - start) if isinstance(event.get("time"), (int, float)) else ""
         rows.append([clock, event.get("event"), _details(_inside(facts, details))])
     note = f"{len(checkpoints)} checkpoints; {len(hidden)} of them are not listed." if hidden else None
-    return _section("History", tag("p", note) if note else None, _table(rows, head=["after", "event", "details"]))
+    return section("History", tag("p", note) if note else None, table(rows, head=["after", "event", "details"]))
 
 
 def reproduce(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -216,7 +223,7 @@ def reproduce(facts: Facts, summary: dict[str, Any]) -> Markup:
     if summary["status"] == "finished":
         lines += [f"burnish {verb} {folder}" for verb in ("eval", "generate")]
         lines += [f"burnish export {folder} --format merged --out {shlex.quote(summary['name'] + '-merged')}"]
-    return _section("Reproduce and use", tag("div", tag("pre", "\n".join(lines)), class_="block"))
+    return section("Reproduce and use", tag("div", tag("pre", "\n".join(lines)), class_="block"))
 
 
 def config(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -224,7 +231,7 @@ def config(facts: Facts, summary: dict[str, Any]) -> Markup:
     if not facts.config_yaml:
         return Markup("")
     text = tag("div", tag("pre", facts.config_yaml[:MAX_TEXT]), class_="block")
-    return _section("Configuration", tag("details", tag("summary", "config.yaml, every value written out"), text))
+    return section("Configuration", tag("details", tag("summary", "config.yaml, every value written out"), text))
 
 
 def environment(facts: Facts, summary: dict[str, Any]) -> Markup:
@@ -234,21 +241,23 @@ def environment(facts: Facts, summary: dict[str, Any]) -> Markup:
         return Markup("")
     rows = [(key.removeprefix("libraries "), _value(key, value)) for key, value in rows]
     rows = [(key.removesuffix("_bytes").replace("_", " "), value) for key, value in rows]
-    return _section("Environment", _table([list(row) for row in rows if row[1] not in ("–", "")], class_="stack"))
+    return section("Environment", table([list(row) for row in rows if row[1] not in ("–", "")], class_="stack"))
 
 
-def _section(title: str, *content: Any) -> Markup:
+def section(title: str, *content: Any) -> Markup:
+    """A part of the page under its heading."""
     return tag("section", tag("h2", title), *content)
 
 
-def _table(rows: list[list[Any]], *, head: list[str] | None = None, class_: str | None = None) -> Markup:
+def table(rows: list[list[Any]], *, head: list[str] | None = None, class_: str | None = None) -> Markup:
     """A table whose first column names the row; it scrolls sideways where it does not fit."""
     body = [tag("tr", *(tag("td" if i or head else "th", cell) for i, cell in enumerate(row))) for row in rows]
     top = tag("thead", tag("tr", *(tag("th", name) for name in head))) if head else None
     return tag("div", tag("table", top, tag("tbody", *body), class_=class_), class_="scroll")
 
 
-def _tile(name: str, value: Any, note: Any) -> Markup:
+def tile(name: str, value: Any, note: Any) -> Markup:
+    """One headline: what it is, its value, and a remark."""
     return tag(
         "div",
         tag("small", name),

@@ -1,0 +1,88 @@
+"""What the page draws of several workers: the parts of a step, bytes on the wire, and the model of larger machines."""
+
+from collections.abc import Sequence
+
+from ..harness.markup import Markup, number, size
+from .benchmark import Result, Row
+from .page_rows import grouped, is_ok, seconds, span_of, spelled, value_at, why
+from .plots import Bar, Curve, bars, linear, listed, logarithmic, points
+
+SPLIT = (
+    *(("compute_s", "compute", "copper"), ("communication_s", "communication", "blue")),
+    *(("input_s", "input", "green"), ("other_s", "other", "grey")),
+)
+"""Part of a step's time -> its name and colour."""
+STAGES = {0: "grey", 1: "violet", 2: "blue", 3: "copper"}
+"""ZeRO stage -> colour."""
+
+
+def scale(result: Result) -> Markup:
+    """Where the time of a step goes, what goes over the wire, and what the model of larger machines says."""
+    rows = [row for row in result["rows"] if row.get("kind") == "workers"]
+    simulated = [row for row in result["rows"] if row.get("kind") == "simulation" and is_ok(row)]
+    modelled = [simulation(str(model), some) for (model,), some in grouped(simulated, "model").items()]
+    return listed(splits(rows), wire(rows), *modelled)
+
+
+def splits(rows: Sequence[Row]) -> Markup:
+    groups = []
+    for (stage,), some in grouped(rows, "zero_stage").items():
+        found = []
+        for row in some:
+            name = workers(row)
+            whole = value_at(row, "time_s", "median")
+            if not is_ok(row) or whole is None:
+                found.append(Bar(name, None, note=why(row)))
+                continue
+            parts = [(colour, value_at(row, "split", key) or 0.0) for key, _, colour in SPLIT]
+            efficiency = value_at(row, "efficiency")
+            note = f"efficiency {efficiency:.0%}" if efficiency is not None else ""
+            bar = Bar(name, whole, seconds(whole), span=span_of(row["time_s"]), note=note, parts=parts)
+            found.append(bar)
+        groups.append((f"ZeRO stage {stage}", found))
+    drawn = [bar for _, found in groups for bar in found]
+    values = [x for bar in drawn for x in (bar.value or 0.0, sum(part for _, part in bar.parts), *(bar.span or ()))]
+    axis = linear("seconds a step", values, number)
+    keys = [(name, colour) for _, name, colour in SPLIT]
+    lead = "Medians; line: quartiles of the whole step. Efficiency: tokens/s of each worker over those of one alone."
+    return bars("Where the time of a step goes", groups, axis, keys=keys, lead=lead)
+
+
+def wire(rows: Sequence[Row]) -> Markup:
+    groups: dict[str, list[Bar]] = {}
+    for row in rows:
+        sent, said = value_at(row, "wire_bytes"), value_at(row, "formula_bytes")
+        if is_ok(row) and sent is not None and (sent or said):
+            note = f"formula {size(said)}" if said is not None else ""
+            mark = None if said is None else said / 2**20
+            bar = Bar(workers(row), sent / 2**20, size(sent), "blue", note=note, mark=mark)
+            groups.setdefault(f"ZeRO stage {row.get('zero_stage')}", []).append(bar)
+    values = [x for found in groups.values() for bar in found for x in (bar.value, bar.mark) if x is not None]
+    axis = linear("MiB a step and worker", values, number)
+    return bars(
+        "Bytes on the wire", list(groups.items()), axis, lead="Bar: counted. Stroke: ZeRO's formula.", width="half"
+    )
+
+
+def workers(row: Row) -> str:
+    count = row.get("num_workers")
+    return str(row["key"]) if count is None else f"{count} worker" + ("s" if count != 1 else "")
+
+
+def simulation(model: str, rows: Sequence[Row]) -> Markup:
+    """Efficiency against the number of GPUs, one curve for each ZeRO stage."""
+    curves = []
+    for (stage,), some in grouped(rows, "zero_stage").items():
+        line = [(value_at(row, "num_gpus"), value_at(row, "efficiency")) for row in some]
+        placed = sorted((x, 100 * y) for x, y in line if x and y is not None)
+        name = f"ZeRO {stage}"
+        curves.append(Curve(name, placed, STAGES.get(stage, "grey"), "marked", name))
+    xs = [x for curve in curves for x, _ in curve.points]
+    if not xs:
+        return Markup("")
+    x = logarithmic("GPUs", xs, number, base=2)
+    y = linear("efficiency, %", [100.0], number)
+    stated = next((row["hardware"] for row in rows if row.get("hardware")), None)
+    lead = f"Model, not a measurement: efficiency from the measured compute and stated speeds: {spelled(stated)}."
+    keys = [(curve.name, curve.colour) for curve in curves]
+    return points(f"{model}, modelled", x, y, curves=curves, keys=keys, lead=lead, width="half", kind="model")
