@@ -96,17 +96,17 @@ def doubts(results: Sequence[Result]) -> Markup:
         name = title_of(result)
         if result.get("is_interrupted"):
             found.append(f"{name}: interrupted, so not all that was asked for.")
-        if (busy := busiest(result)) > BUSY:
-            found.append(
-                f"{name}: other processes used {busy:.2f} cores meanwhile; times are too long, ratios uncertain."
-            )
+        if busy := [cores for cores in others_cores(result) if cores > BUSY]:
+            parts = f" in {len(busy)} of {len(others_cores(result))} parts" if len(others_cores(result)) > 1 else ""
+            told = f"{name}: other processes used up to {max(busy):.2f} cores{parts}"
+            found.append(f"{told}; those times are too long and their ratios uncertain.")
     return tag("div", *(tag("p", line) for line in found), class_="notes") if found else Markup("")
 
 
-def busiest(result: Result) -> float:
-    """Cores that others used, the most of what the result and its rows say."""
+def others_cores(result: Result) -> list[float]:
+    """Cores that other processes used, as the result, its configurations and its rows say."""
     places = [result, *(row.get("facts") for row in result["rows"]), *result["rows"]]
-    return max(value_at(place, "others_cores") or 0.0 for place in places)
+    return [cores for place in places if (cores := value_at(place, "others_cores")) is not None]
 
 
 def headlines(results: Sequence[Result]) -> list[Markup]:

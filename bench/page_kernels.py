@@ -5,17 +5,21 @@ from collections.abc import Sequence
 from ..harness.markup import Markup, join, number, tag
 from .benchmark import NOT_MEASURED, Result, Row
 from .page_rows import colour_of, is_ok, label_of, metric, seconds, span_of, tick, times, times_span, value_at, why
-from .plots import Axis, Bar, Curve, Spot, around_one, bars, linear, listed, logarithmic, points
+from .plots import Axis, Bar, Curve, Group, Spot, Width, around_one, bars, linear, listed, logarithmic, points
 
 MAX_GROUPS = 4
 """Cases of one operation drawn at once; the others unfold."""
+MAX_SHARES = 30
 
 
 def kernels(result: Result) -> Markup:
     """The roofline, the share of the machine's peak, what adapters add to frozen products, and the contenders."""
     rows = [row for row in result["rows"] if row.get("state") != NOT_MEASURED and "op" in row]
     against = contenders(rows)
-    lead = "The time of each contender over burnish's in the same round: right of 1×, burnish is faster."
+    lead = (
+        "The time of each contender over burnish's in the same round: right of 1×, burnish is faster."
+        " An asterisk: our own implementation of the published scheme."
+    )
     heading = join(tag("h3", "burnish against each contender"), tag("p", lead, class_="soft")) if against else None
     alone = tag("div", against, class_="charts towers") if against else None
     return join(listed(roofline(result, rows), shares(rows), over_frozen(rows)), heading, alone, absent(rows))
@@ -94,44 +98,56 @@ def shares(rows: Sequence[Row]) -> Markup:
     lead = (
         "The least time that the bytes and operations of each need on this machine, over the time that burnish takes."
     )
-    return bars("Share of the machine's peak", [("", found)], axis, origin=0.0, lead=lead, kind="long")
+    return folded(
+        "Share of the machine's peak", [("", found[:MAX_SHARES]), ("", found[MAX_SHARES:])], axis, 1, lead=lead
+    )
 
 
 def over_frozen(rows: Sequence[Row]) -> Markup:
     """What adapters add to the frozen products, for operations that have some."""
-    groups = []
+    groups: list[Group] = []
     for row in rows:
-        found = []
+        found: list[Bar] = []
         parts = row.get("over_frozen") if is_ok(row) else None
         for name, quartiles in (parts or {}).items():
             if (value := value_at(quartiles, "median")) is not None:
                 span = span_of(quartiles)
                 written = times_span(span)
                 found.append(Bar(contender_of(row, name), value, times(value), colour_of(name), span, note=written))
-        groups.append((label_of(row), found))
+        groups += [(label_of(row), found)] if found else []
     values = [x for _, found in groups for bar in found for x in (bar.value or 1.0, *(bar.span or ()))]
     axis = linear("time over that of the frozen products (1×: adapters for nothing)", values, tick, start=1.0)
     lead = "Training through frozen weights needs these products in any case; beyond 1× is the price of the adapters."
-    return bars("Over the frozen products", groups, axis, origin=1.0, lead=lead)
+    return folded("Over the frozen products", groups, axis, MAX_GROUPS, origin=1.0, lead=lead)
 
 
 def contenders(rows: Sequence[Row]) -> Markup:
     """One figure for each operation, all on one axis."""
-    groups: dict[str, list[tuple[str, list[Bar]]]] = {}
+    groups: dict[str, list[Group]] = {}
     for row in rows:
         op = str(row["op"])
         groups.setdefault(op, []).append((label_of(row).removeprefix(op).strip(" ·"), ratio_bars(row)))
     every = [bar for cases in groups.values() for _, found in cases for bar in found]
     ratios = [x for bar in every for x in (bar.value, *(bar.span or ())) if x]
     axis = around_one("time over burnish's", ratios, tick)
-    found = []
-    for op, cases in groups.items():
-        first, others = cases[:MAX_GROUPS], cases[MAX_GROUPS:]
-        found.append(bars(op, first, axis, origin=1.0, width="half"))
-        if others:
-            more = bars(f"{op}, more", others, axis, origin=1.0, width="half")
-            found.append(tag("details", tag("summary", f"{len(others)} more cases of {op}"), more))
-    return join(*found)
+    return join(*(folded(op, cases, axis, MAX_GROUPS, origin=1.0, width="half") for op, cases in groups.items()))
+
+
+def folded(
+    title: str,
+    groups: Sequence[Group],
+    axis: Axis,
+    limit: int,
+    *,
+    origin: float = 0.0,
+    lead: str = "",
+    width: Width = "full",
+) -> Markup:
+    """Bars of which only the first groups are in view; the others unfold."""
+    first = bars(title, groups[:limit], axis, origin=origin, lead=lead, width=width)
+    more = bars(f"{title}, more", groups[limit:], axis, origin=origin, width=width)
+    count = sum(len(rows) for _, rows in groups[limit:])
+    return join(first, tag("details", tag("summary", f"{title}: {count} more"), more, class_=width) if more else None)
 
 
 def ratio_bars(row: Row) -> list[Bar]:
@@ -141,7 +157,7 @@ def ratio_bars(row: Row) -> list[Bar]:
     found = []
     for name, contender in (row.get("contenders") or {}).items():
         value = value_at(row.get("ratio"), name, "median")
-        if name == "burnish" or contender.get("state") == NOT_MEASURED:
+        if name == "burnish" or contender.get("state") == NOT_MEASURED or (value is None and is_ok(contender)):
             continue
         label = contender_of(row, name)
         if value is None or value <= 0:
@@ -154,7 +170,8 @@ def ratio_bars(row: Row) -> list[Bar]:
 
 def contender_of(row: Row, name: str) -> str:
     contender = (row.get("contenders") or {}).get(name)
-    return str((contender.get("label") if isinstance(contender, dict) else None) or name)
+    label = str((contender.get("label") if isinstance(contender, dict) else None) or name)
+    return label.replace(", own implementation", "*")
 
 
 def absent(rows: Sequence[Row]) -> Markup:

@@ -1,19 +1,29 @@
 """How the page reads rows, writes their numbers and colours their names. No number is trusted to be there."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .benchmark import NOT_MEASURED, Row
 
 GIB = 2**30
 HUES = (
-    *(("burnish", "copper"), ("compile", "violet"), ("frozen", "grey"), ("reference", "grey"), ("plain", "grey")),
-    *(("sft", "green"), ("trl", "green"), ("trainer", "green"), ("bitsandbytes", "green"), ("bnb", "green")),
-    *(("peft", "blue"), ("unsloth", "ochre"), ("liger", "ochre"), ("lorafusion", "ochre")),
+    *(("burnish", "copper"), ("compile", "violet"), ("torch", "violet"), ("frozen", "grey"), ("reference", "grey")),
+    *(("sft", "green"), ("hf-", "green"), ("trainer", "green"), ("bitsandbytes", "green"), ("bnb", "green")),
+    *(("peft", "blue"), ("unsloth", "ochre"), ("liger", "ochre"), ("lorafusion", "ochre"), ("mlora", "ochre")),
 )
 """Part of a name -> its colour everywhere on the page; the first that matches."""
-PLAIN_NAMES = ("burnish", "peft", "sft", "compiled", "reference", "liger", "bitsandbytes", "burnish-lora", "peft-lora")
+PLAIN_NAMES = (
+    "burnish",
+    "peft",
+    "sft",
+    "compiled",
+    "reference",
+    "liger",
+    "unsloth",
+    "lorafusion-scheme",
+    "bitsandbytes",
+)
 """Names in the full colour of their family; its other members are pale."""
 
 
@@ -77,13 +87,22 @@ def seconds(value: float) -> str:
 
 
 def spelled(stated: Any) -> str:
-    """Stated speeds in words."""
+    """Stated speeds in words: the name, then what the keys say."""
     if not isinstance(stated, dict):
         return str(stated or "stated speeds")
-    return ", ".join(
-        f"{key.replace('_', ' ')} {metric(value) if isinstance(value, (int, float)) else value}"
-        for key, value in stated.items()
-    )
+    units: dict[str, Callable[[float], str]] = {
+        "_bytes_per_s": lambda value: f"{metric(value)}B/s",
+        "_flops_per_s": lambda value: f"{metric(value)}FLOP/s",
+        "_bytes": lambda value: f"{metric(value)}B",
+        "_s": seconds,
+    }
+    found = [str(stated["name"])] if stated.get("name") else []
+    for key in stated:
+        value = value_at(stated, key)
+        unit = next((unit for unit in units if key.endswith(unit)), "")
+        if value is not None:
+            found.append(f"{key.removesuffix(unit).replace('_', ' ')} {units.get(unit, metric)(value)}")
+    return ", ".join(found)
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from ..harness.markup import Markup, number, size
 from .benchmark import Result, Row
-from .page_rows import grouped, is_ok, seconds, span_of, spelled, value_at, why
+from .page_rows import grouped, is_ok, metric, seconds, span_of, spelled, value_at, why
 from .plots import Bar, Curve, bars, linear, listed, logarithmic, points
 
 SPLIT = (
     *(("compute_s", "compute", "copper"), ("communication_s", "communication", "blue")),
-    *(("input_s", "input", "green"), ("other_s", "other", "grey")),
+    *(("input_s", "input", "green"), ("other_s", "waiting, other", "grey")),
 )
 """Part of a step's time -> its name and colour."""
 STAGES = {0: "grey", 1: "violet", 2: "blue", 3: "copper"}
@@ -25,10 +25,10 @@ def scale(result: Result) -> Markup:
 
 
 def splits(rows: Sequence[Row]) -> Markup:
-    groups = []
-    for (stage,), some in grouped(rows, "zero_stage").items():
-        found = []
+    groups: dict[str, list[Bar]] = {}
+    for some in grouped(rows, "zero_stage").values():
         for row in some:
+            found = groups.setdefault(layout(row), [])
             name = workers(row)
             whole = value_at(row, "time_s", "median")
             if not is_ok(row) or whole is None:
@@ -39,13 +39,15 @@ def splits(rows: Sequence[Row]) -> Markup:
             note = f"efficiency {efficiency:.0%}" if efficiency is not None else ""
             bar = Bar(name, whole, seconds(whole), span=span_of(row["time_s"]), note=note, parts=parts)
             found.append(bar)
-        groups.append((f"ZeRO stage {stage}", found))
-    drawn = [bar for _, found in groups for bar in found]
+    drawn = [bar for found in groups.values() for bar in found]
     values = [x for bar in drawn for x in (bar.value or 0.0, sum(part for _, part in bar.parts), *(bar.span or ()))]
     axis = linear("seconds a step", values, number)
     keys = [(name, colour) for _, name, colour in SPLIT]
-    lead = "Medians; line: quartiles of the whole step. Efficiency: tokens/s of each worker over those of one alone."
-    return bars("Where the time of a step goes", groups, axis, keys=keys, lead=lead)
+    lead = (
+        "Parts: medians of steps whose collectives are waited for one by one; line: quartiles of undisturbed steps."
+        " Efficiency: against one worker alone, steps of the same round."
+    )
+    return bars("Where the time of a step goes", list(groups.items()), axis, keys=keys, lead=lead)
 
 
 def wire(rows: Sequence[Row]) -> Markup:
@@ -56,12 +58,18 @@ def wire(rows: Sequence[Row]) -> Markup:
             note = f"formula {size(said)}" if said is not None else ""
             mark = None if said is None else said / 2**20
             bar = Bar(workers(row), sent / 2**20, size(sent), "blue", note=note, mark=mark)
-            groups.setdefault(f"ZeRO stage {row.get('zero_stage')}", []).append(bar)
+            groups.setdefault(layout(row), []).append(bar)
     values = [x for found in groups.values() for bar in found for x in (bar.value, bar.mark) if x is not None]
     axis = linear("MiB a step and worker", values, number)
     return bars(
         "Bytes on the wire", list(groups.items()), axis, lead="Bar: counted. Stroke: ZeRO's formula.", width="half"
     )
+
+
+def layout(row: Row) -> str:
+    """ZeRO stage 2, LoRA."""
+    adapter = {"lora": "LoRA"}.get(str(row.get("adapter")), row.get("adapter"))
+    return f"ZeRO stage {row.get('zero_stage')}" + (f", {adapter}" if adapter else "")
 
 
 def workers(row: Row) -> str:
@@ -70,19 +78,37 @@ def workers(row: Row) -> str:
 
 
 def simulation(model: str, rows: Sequence[Row]) -> Markup:
-    """Efficiency against the number of GPUs, one curve for each ZeRO stage."""
-    curves = []
+    """Efficiency against the number of GPUs, one curve for each ZeRO stage; what does not fit is a gap."""
+    curves, unfit = [], []
     for (stage,), some in grouped(rows, "zero_stage").items():
-        line = [(value_at(row, "num_gpus"), value_at(row, "efficiency")) for row in some]
-        placed = sorted((x, 100 * y) for x, y in line if x and y is not None)
-        name = f"ZeRO {stage}"
-        curves.append(Curve(name, placed, STAGES.get(stage, "grey"), "marked", name))
+        name, line, band = f"ZeRO {stage}", [], []
+        for row in sorted(some, key=lambda row: value_at(row, "num_gpus") or 0.0):
+            count, efficiency = value_at(row, "num_gpus"), value_at(row, "efficiency")
+            fits = row.get("fits") is not False
+            unfit += [] if fits or name in unfit else [name]
+            if count and efficiency is not None:
+                line.append((count, 100 * efficiency if fits else None))
+                low, high = (value_at({"": bound}, "") for bound in row.get("efficiency_bounds") or (None, None))
+                band += [(count, 100 * low, 100 * high)] if fits and low is not None and high is not None else []
+        curves.append(Curve(name, line, STAGES.get(stage, "grey"), "marked", name, band))
     xs = [x for curve in curves for x, _ in curve.points]
     if not xs:
         return Markup("")
     x = logarithmic("GPUs", xs, number, base=2)
     y = linear("efficiency, %", [100.0], number)
-    stated = next((row["hardware"] for row in rows if row.get("hardware")), None)
-    lead = f"Model, not a measurement: efficiency from the measured compute and stated speeds: {spelled(stated)}."
     keys = [(curve.name, curve.colour) for curve in curves]
-    return points(f"{model}, modelled", x, y, curves=curves, keys=keys, lead=lead, width="half", kind="model")
+    lead = stated(rows[0]) + (f" Where a curve is missing, it does not fit: {', '.join(unfit)}." if unfit else "")
+    return points(f"{model}: model", x, y, curves=curves, keys=keys, lead=lead, width="half", kind="model")
+
+
+def stated(row: Row) -> str:
+    """What the model is made of."""
+    speed, overlap = value_at(row, "flops_per_s"), value_at(row, "overlap")
+    parts = [f"A model, not a measurement, of {spelled(row.get('hardware'))}"]
+    if speed is not None:
+        parts.append(
+            f"computing at {metric(speed)}FLOP/s ({'measured' if row.get('is_speed_measured') else 'assumed'})"
+        )
+    if overlap is not None:
+        parts.append(f"{overlap:.0%} of the communication hidden (band: none, and all that can be)")
+    return "; ".join(parts) + "."

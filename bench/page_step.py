@@ -14,7 +14,7 @@ def step(result: Result) -> Markup:
     found = []
     for (case,), rows in grouped(result["rows"], "case").items():
         facts: dict[str, Any] = next((row["facts"] for row in rows if isinstance(row.get("facts"), dict)), {})
-        drawn = listed(faster(rows), speed_and_memory(rows), memory_parts(rows))
+        drawn = listed(faster(rows, str(facts.get("own") or "burnish")), speed_and_memory(rows), memory_parts(rows))
         found += [tag("h3", case), tag("p", work_of(facts), class_="soft"), drawn] if drawn else []
     return join(*found)
 
@@ -30,11 +30,12 @@ def work_of(facts: dict[str, Any]) -> str:
     return " · ".join(parts + ([f"{num_rounds} rounds in turn, each mode a fresh process"] if num_rounds else []))
 
 
-def faster(rows: Sequence[Row]) -> Markup:
+def faster(rows: Sequence[Row], own: str) -> Markup:
+    """The other modes against burnish's own."""
     found = []
     for row in rows:
         value = value_at(row, "faster", "median") if is_ok(row) else None
-        if row.get("mode") == "burnish" and is_ok(row):
+        if row.get("mode") == own and is_ok(row):
             continue
         name, detail = str(row.get("mode", row["key"])), str(row.get("summary") or "")
         if value is None:

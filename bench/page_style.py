@@ -68,6 +68,7 @@ figcaption { font-size: 15px; margin-bottom: 6px; }
 .plot .above { fill: var(--line); opacity: 0.35; stroke: none; }
 .roofline .line.grey { stroke-width: 1; opacity: 0.6; } .roofline .dots.grey { stroke-width: 7; }
 .roofline .hole { stroke-width: 4; }
+.plot .band { fill: var(--c); stroke: none; opacity: 0.13; }
 .model .plot .line { stroke-dasharray: 7 5; }
 .plot .label { color: var(--ink); }
 .plot .label.level { color: var(--bad); }

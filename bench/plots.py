@@ -19,7 +19,7 @@ MAX_SAMPLES = 60
 MAX_TICKS = 6
 CHAR_PX = {"name": 7.6, "detail": 6.9, "written": 8.3, "note": 7.0}
 """Width of a character of a bar's texts in the widest of common fonts."""
-MAX_NAME_PX = {"half": 150, "full": 310}
+MAX_NAME_PX = {"half": 180, "full": 330}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Bar:
     """Where a value to compare with lies, as a stroke across the bar."""
 
 
+Group = tuple[str, Sequence[Bar]]
+"""Bars under a name."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """A line through (x, y) points; y None is a gap. `label` stands at its last point."""
@@ -67,6 +71,8 @@ class Curve:
     style: Literal["line", "marked", "dashed", "roof"] = "marked"
     """A roof is shaded above."""
     label: str = ""
+    band: Sequence[tuple[float, float, float]] = ()
+    """(x, low, high): shaded."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def around_one(title: str, values: Sequence[float], write: Callable[[float], str
 
 def bars(
     title: str,
-    groups: Sequence[tuple[str, Sequence[Bar]]],
+    groups: Sequence[Group],
     axis: Axis,
     *,
     origin: float = 0.0,
@@ -225,6 +231,10 @@ def points(
     traces = [_trace(curve, x, y) for curve in drawn]
     for curve, parts in zip(drawn, traces, strict=True):
         lines += parts
+        if curve.band:
+            edge = [(a, low) for a, low, _ in curve.band] + [(a, high) for a, _, high in reversed(curve.band)]
+            around = "L".join(f"{x.place(a):.1f} {EDGE - y.place(b):.1f}" for a, b in edge)
+            shapes.append(tag("path", d=f"M{around}Z", class_=f"band {curve.colour}"))
         shapes.append(tag("g", *_curve(curve, parts)))
         labels += [Label(*parts[-1][-1], curve.label, curve.colour)] if curve.label else []
     for spot in spots:
