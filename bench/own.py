@@ -1,6 +1,5 @@
 """burnish's own step, through the code that an inline run goes through: build, engine, train_step."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from .peers import draw_adapter, quantized
 from .turns import Turns
 from .workload import Workload
 
-NF4 = {"type": "nf4", "double_quant": True}
-
 
 def run_burnish(
     workload: Workload, turns: Turns, *, method: str = "lora", is_fused: bool = True, checkpointing: str = "auto"
@@ -27,9 +24,7 @@ def run_burnish(
     """The steps of a run that this config would do; without the fused kernels where `is_fused` is False."""
     sections: dict[str, Any] = {"memory": {"activation_checkpointing": checkpointing}}
     sections |= {} if is_fused else {"kernels": {"enabled": False}}
-    if method == "qlora":
-        sections["quantization"] = NF4
-    config = with_files(workload).config(method=method, **sections)
+    config = workload.config(method=method, **sections)
     plan = make_plan(config, detect(), run_dir="", cwd="")
     world = World(rank=0, local_rank=0, size=1, device=plan.device)
     set_up_process(plan, world)
@@ -39,7 +34,7 @@ def run_burnish(
     num_trained = draw_adapter(model, workload.seed)
     vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     engine = make_engine(plan, model, world)
-    turns.ready(model, num_trained=num_trained)
+    turns.ready(model, num_trained=num_trained, length=workload.length)
     while True:
         number = turns.begin()
         ids = workload.batch(number, vocab_size)
@@ -50,11 +45,6 @@ def run_burnish(
         lr = config.optimizer.learning_rate
         report = train_step(engine, task, config, batch=batch, step=number, lr=lr, is_stopping=False)
         turns.end(report.loss)
-
-
-def with_files(workload: Workload) -> Workload:
-    """The same with a path in the place of random weights, because a config refuses to quantise those."""
-    return replace(workload, model={"path": "random weights"}) if "init" in workload.model else workload
 
 
 def built_from_random(plan: Plan, workload: Workload) -> nn.Module:

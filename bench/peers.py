@@ -25,7 +25,17 @@ from .turns import Turns
 from .workload import Workload
 
 
-def load_base(workload: Workload, dtype: torch.dtype, *, device: str = "cpu") -> Any:
+def nf4() -> BitsAndBytesConfig:
+    """Raises PackageNotFoundError where bitsandbytes is not installed."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def load_base(workload: Workload, dtype: torch.dtype, *, device: str = "cpu", is_quantized: bool = False) -> Any:
     """The model as transformers alone loads it, or random weights where the workload says `init`.
 
     Random weights are drawn on the device: on a CPU a billion of them takes half a minute.
@@ -35,13 +45,18 @@ def load_base(workload: Workload, dtype: torch.dtype, *, device: str = "cpu") ->
         torch.manual_seed(workload.seed)
         model_config = AutoConfig.for_model(**workload.model["init"])
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        return quantized(model, device) if is_quantized else model
     origin = locate(workload.model["path"], key="model.path")
     options: dict[str, Any] = {"dtype": dtype} | origin.options()
     if origin.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(origin.path, **options)
-    return model.to(device)
+    elif is_quantized:
+        options |= {"quantization_config": nf4(), "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(origin.path, **options)
+    if origin.gguf_file and is_quantized:
+        return quantized(model, device)
+    return model if is_quantized else model.to(device)
 
 
 def quantized(model: Any, device: str) -> Any:
@@ -51,12 +66,7 @@ def quantized(model: Any, device: str) -> Any:
         config=model.config,
         state_dict=model.state_dict(),
         dtype=model.dtype,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        quantization_config=nf4(),
         device_map={"": device},
     )
 
@@ -117,9 +127,9 @@ def run_peft(
 ) -> None:
     """PEFT in the plain loop of its documentation."""
     turns.mark_floor()
-    base = load_base(workload, torch.float32 if is_fp32 else torch.bfloat16, device=turns.device)
+    dtype = torch.float32 if is_fp32 else torch.bfloat16
+    base = load_base(workload, dtype, device=turns.device, is_quantized=is_quantized)
     if is_quantized:
-        base = quantized(base, turns.device)
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=has_checkpointing)
     elif has_checkpointing:
         base.gradient_checkpointing_enable()
@@ -130,7 +140,7 @@ def run_peft(
     optimizer = torch.optim.AdamW(trained, lr=workload.learning_rate, weight_decay=0.0, fused=True)
     forward = torch.compile(model) if is_compiled else model
     torch.manual_seed(workload.seed)
-    turns.ready(model, num_trained=num_trained)
+    turns.ready(model, num_trained=num_trained, length=workload.length)
     while True:
         number = turns.begin()
         ids = workload.batch(number, base.config.vocab_size).to(turns.device)

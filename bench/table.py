@@ -36,42 +36,6 @@ def as_markdown(table: Table) -> str:
     return "\n\n".join([body, "\n".join(f"* {note}" for note in table.notes)] if table.notes else [body])
 
 
-def step_table(result: dict[str, Any]) -> str:
-    """The rows of a step benchmark, and how they were measured."""
-    head = ("mode", "ms/step", "quartiles", "tokens/s", f"x {result['baseline']}", "quartiles", "peak", "floor")
-    rows, notes = [head], []
-    for row in result["rows"]:
-        if row["state"] != "ok" or "time_s" not in row:
-            rows.append((row["mode"], row["state"], *[""] * 6))
-            notes.append(f"{row['mode']} is {row['state']}: {row['reason'] or 'no step was taken'}")
-            continue
-        time_s, ratio = row["time_s"], row.get("ratio")
-        rows.append(
-            (
-                row["mode"],
-                f"{1000 * time_s['median']:.0f}",
-                f"{1000 * time_s['q1']:.0f}-{1000 * time_s['q3']:.0f}",
-                f"{row['tokens_per_s']:.0f}",
-                f"{ratio['median']:.2f}" if ratio else "-",
-                f"{ratio['q1']:.2f}-{ratio['q3']:.2f}" if ratio else "-",
-                size(row["peak_bytes"]),
-                size(row["floor_bytes"]),
-            )
-        )
-    work, machine = result["workload"], result["environment"]
-    num_steps = max((len(row["times_s"]) for row in result["rows"]), default=0)
-    notes.append(
-        f"{work['num_sequences']}x{work['length']} tokens, LoRA rank {work['rank']}, {num_steps} steps in turn, "
-        f"{work['num_threads']} threads of {machine['cpu']}; peak: resident memory while training, "
-        "floor: before the model is loaded"
-    )
-    if num_disturbed := len(result["rounds"]) - len(result["counted_rounds"]):
-        notes.append(
-            f"{num_disturbed} of {len(result['rounds'])} rounds were disturbed by other processes and left out"
-        )
-    return "\n".join([aligned(rows), "", *notes, *doubts(result)])
-
-
 def doubts(result: dict[str, Any]) -> list[str]:
     """What to hold against the figures."""
     found = []

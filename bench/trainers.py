@@ -47,11 +47,11 @@ def observed(trainer: type[Trainer], waiting: Waiting) -> Any:
     """The class of a trainer that tells `waiting` the loss of every step."""
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super(made, self).training_step(*args, **kwargs)  # type: ignore[misc]
+        loss = super(made, self).training_step(*args, **kwargs)
         waiting.loss = float(loss.detach())
         return loss
 
-    made = type(f"Observed{trainer.__name__}", (trainer,), {"training_step": training_step})
+    made: Any = type(f"Observed{trainer.__name__}", (trainer,), {"training_step": training_step})
     return made
 
 
@@ -78,7 +78,8 @@ def rows(workload: Workload, vocab_size: int) -> list[list[int]]:
 
 def start(trainer: Any, workload: Workload, turns: Turns) -> None:
     """Trains in turns. Raises Finished."""
-    turns.ready(trainer.model, num_trained=draw_adapter(trainer.model, workload.seed))
+    num_trained = draw_adapter(trainer.model, workload.seed)
+    turns.ready(trainer.model, num_trained=num_trained, length=workload.length)
     trainer.train()
     raise Finished
 

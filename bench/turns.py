@@ -1,7 +1,7 @@
 """A mode's side of the conversation with the benchmark: it takes a step whenever it is asked for one, and is timed.
 
-Requests and answers are lines of JSON. Requests: {"do": "step"}, {"do": "profile", "rows": n}, {"do": "stop"}.
-Answers: what `Turns.ready` and `Turns.end` write.
+Requests and answers are lines of JSON. Requests: {"do": "step"}, {"do": "profile", "rows": n}, {"do": "release"},
+{"do": "stop"}. Answers: what `Turns.ready` and `Turns.end` write, and {} for a release.
 """
 
 import contextlib
@@ -15,10 +15,14 @@ from typing import Any, TextIO
 import torch
 
 from ..harness.allocator import keep_freed_memory
+from ..harness.metrics import flops_per_token
+from ..launch.resources import memory_bytes
 
 STAT, STATUS, CLEAR_REFS = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What resets VmHWM to the present size, proc_pid_clear_refs(5)."""
+
+STOP = '{"do": "stop"}'
 
 
 class Finished(Exception):  # noqa: N818
@@ -41,20 +45,29 @@ class Turns:
         """Call it when all libraries are imported and no weight is loaded."""
         self.floor_bytes = memory("VmRSS", self.device)
 
-    def ready(self, model: Any, *, num_trained: int) -> None:
+    def ready(self, model: Any, *, num_trained: int, length: int) -> None:
         """Call it before the first begin(): says what was built, and forgets the peak that loading had."""
         if self.keeps_memory:
             keep_freed_memory()
         loaded = memory("VmRSS", self.device)
         reset_peak(self.device)
         self._answer(
-            {"floor_bytes": self.floor_bytes, "loaded_bytes": loaded, "num_trained": num_trained, "device": self.device}
-            | sizes(model)
+            {
+                "device": self.device,
+                "floor_bytes": self.floor_bytes,
+                "loaded_bytes": loaded,
+                "room_bytes": room_bytes(self.device),
+                "num_trained": num_trained,
+                "flops_per_token": step_flops(model, num_trained, length),
+            }
         )
 
     def begin(self) -> int:
         """Number of the step to take. Raises Finished."""
-        request = json.loads(self.requests.readline() or '{"do": "stop"}')
+        while (request := json.loads(self.requests.readline() or STOP))["do"] == "release":
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            self._answer({})
         if request["do"] == "stop":
             raise Finished
         if request["do"] == "profile":
@@ -88,16 +101,17 @@ class Turns:
         self.answers.flush()
 
 
-def sizes(model: Any) -> dict[str, int]:
-    """What `metrics.flops_per_token` needs: parameters of a forward pass, layers, heads and head_dim together."""
-    total = sum(map(numel, model.parameters()))
+def step_flops(model: Any, num_trained: int, length: int) -> int:
+    """FLOPs of a training step per token of sequences of that length, see `metrics.flops_per_token`."""
+    total, config = sum(map(numel, model.parameters())), model.config
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    return {
-        "num_parameters": total if table is head else total - numel(table),
-        "num_layers": model.config.num_hidden_layers,
-        "heads_width": model.config.num_attention_heads * width,
-    }
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flops_per_token(
+        total if table is head else total - numel(table),
+        num_trained,
+        attention_width=length * config.num_attention_heads * head_dim,
+        num_layers=config.num_hidden_layers,
+    )
 
 
 def numel(parameter: torch.Tensor) -> int:
@@ -112,6 +126,11 @@ def memory(field: str, device: str) -> int:
         return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
     found = re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), re.MULTILINE)
     return 1024 * int(found[1]) if found else 0
+
+
+def room_bytes(device: str) -> int:
+    """All memory of the device; on a CPU what the machine or its container has."""
+    return int(torch.cuda.mem_get_info()[1]) if device == "cuda" else memory_bytes()
 
 
 def reset_peak(device: str) -> None:

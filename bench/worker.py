@@ -1,6 +1,6 @@
-"""The process of one mode: `python -m burnish.bench.worker`, asked over stdin and answering on stdout.
+"""The process of one mode: `python -m burnish.bench.worker MODE`, asked over stdin and answering on stdout.
 
-The first line is {"mode": ..., "workload": {...}}; see `turns` for what follows.
+The first line is a workload; see `turns` for what follows.
 """
 
 import contextlib
@@ -16,18 +16,20 @@ from .workload import Workload
 
 def main() -> None:
     answers = own_stdout()
-    first = json.loads(sys.stdin.readline())
-    mode, workload = MODES[first["mode"]], Workload.from_dict(first["workload"])
+    mode = MODES[sys.argv[1]]
     import torch
 
     from .turns import Finished, Turns
 
-    torch.set_num_threads(workload.num_threads)
-    if first.get("is_profiled"):
-        name_native_calls()
     function: Any = getattr(import_module(mode.module, __package__), mode.function)
-    with contextlib.suppress(Finished):
-        function(workload, Turns(sys.stdin, answers, keeps_memory=mode.keeps_memory), **mode.options)
+    if "--profiled" in sys.argv:
+        name_native_calls()
+    line = sys.stdin.readline()
+    if line and (first := json.loads(line)) != {"do": "stop"}:
+        workload = Workload.from_dict(first)
+        torch.set_num_threads(workload.num_threads)
+        with contextlib.suppress(Finished):
+            function(workload, Turns(sys.stdin, answers, keeps_memory=mode.keeps_memory), **mode.options)
     # Nothing of a benchmark is worth the seconds that tearing a model down takes.
     answers.close()
     sys.stderr.flush()

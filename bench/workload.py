@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-8b": _llama(4096, 14336, 32, 32),
     "llama-8b-4-layers": _llama(4096, 14336, 4, 32),
     "llama-70b-1-layer": _llama(8192, 28672, 1, 64),
+    "llama-70b-2-layers": _llama(8192, 28672, 2, 64),
 }
 """Names for --model: the `model` section of a config, without dtype. A model cut to some layers says so."""
 MAX_SIDE = 2**20
@@ -89,12 +90,16 @@ class Workload:
     def config(self, *, method: str = "lora", **sections: Any) -> Config:
         """The config of a run of burnish that takes these steps. Its data section names no data: tokens are random.
 
-        `method` is that of the adapter; `sections` replace whole sections.
+        `method` is that of the adapter: lora, or qlora over nf4 with double quantisation. `sections` replace whole
+        sections. Random weights have a path in the config of qlora, which refuses to quantise them.
         """
+        is_quantized = method == "qlora"
+        model = {"path": "random weights"} if is_quantized and "init" in self.model else self.model
         values: dict[str, Any] = {
             "name": "bench",
             "seed": self.seed,
-            "model": self.model | {"dtype": "bf16"},
+            "model": model | {"dtype": "bf16"},
+            "quantization": {"type": "nf4", "double_quant": True} if is_quantized else {"type": "none"},
             "task": {"type": "causal_lm"},
             "data": {"train": "random tokens", "max_length": self.length},
             "adapter": {"method": method, "rank": self.rank, "alpha": float(self.alpha), "dropout": self.dropout},

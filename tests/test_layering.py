@@ -29,7 +29,7 @@ TORCH_FREE = (
     *("harness.errors", "harness.config", "harness.config_io", "harness.plan", "harness.memory", "harness.paths"),
     *("harness.run_dir", "harness.summary", "harness.report"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
-    *("launch.bench", "bench.modes", "bench.bench_step", "bench.table", "bench.page"),
+    *("launch.bench", "bench.modes", "bench.bench_step", "bench.step_rows", "bench.table", "bench.page"),
 )
 SUBMODULES = {"torch.utils.tensorboard": "tensorboard"}
 
