@@ -18,7 +18,7 @@ IMPORTERS = {
     "peft": {"bench.peers", "harness.adapters"},
     "bitsandbytes": {"harness.adapters", "harness.bnb"},
     "deepspeed": {"bench.trainers", "harness.zero"},
-    "ray": {"launch.ray_cluster", "launch.ray_train"},
+    "ray": {"bench.scale_cluster", "launch.ray_cluster", "launch.ray_train"},
     "rich": {"launch.progress"},
     "tensorboard": {"harness.metrics"},
     "trl": {"bench.trainers"},
@@ -30,6 +30,7 @@ TORCH_FREE = (
     *("harness.run_dir", "harness.summary", "harness.report"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
     *("launch.bench", "bench.modes", "bench.bench_step", "bench.step_rows", "bench.table", "bench.page"),
+    *("bench.bench_scale", "bench.scaling"),
 )
 SUBMODULES = {"torch.utils.tensorboard": "tensorboard"}
 
