@@ -1,15 +1,18 @@
 """Comparing results: changes are found, noise is not; and a slowed operation is a regression."""
 
 import itertools
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from burnish.bench import suite
-from burnish.bench.benchmark import Benchmark, Figure
+from burnish.bench import bench_kernels, plain, runner, suite
+from burnish.bench.benchmark import Benchmark, Choice, Figure, Item, Setting
 from burnish.bench.compare import compare, tables
 from burnish.bench.stats import quantiles, ratio_interval, student_quantile
 from burnish.bench.table import as_text
 from burnish.harness.errors import ConfigError
+from burnish.kernels.registry import OPS
 
 
 def figures(row):
@@ -248,3 +251,45 @@ def test_the_same_samples_have_the_same_interval():
 )
 def test_quantiles_of_students_distribution_are_those_of_its_tables(probability, freedom, expected):
     assert student_quantile(probability, freedom) == pytest.approx(expected, rel=1e-5)
+
+
+def delayed(function, delay_s):
+    def call(*arguments, **options):
+        time.sleep(delay_s)
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measures dropout, delayed, against its reference, delayed by 20 ms: a busy machine does not hide that much."""
+    case = {"M": 32, "K": 48, "p": 0.1}
+    item = Item("dropout", ("dropout",), {"op": "dropout", "case": case, "label": "small", "is_compiled": False})
+    peak = {"bytes_per_s": 1e9, "flops_per_s": 1e9}
+    monkeypatch.setattr(bench_kernels, "peaks_of", lambda *_: {"bfloat16": peak, "float32": peak})
+    benchmark = replace(bench_kernels.BENCHMARK, items=lambda *_: [item])
+    reference, op = plain.PLAIN["dropout"], OPS["dropout"]
+
+    def late(problem):
+        made = reference(problem)
+        return replace(made, function=delayed(made.function, 0.02))
+
+    monkeypatch.setitem(plain.PLAIN, "dropout", late)
+
+    def run(delay_s):
+        monkeypatch.setattr(bench_kernels, "OPS", {"dropout": replace(op, function=delayed(op.function, delay_s))})
+        return runner.run(benchmark, Setting("cpu", 1, 9, True, lambda _: None), Choice(is_quick=True))
+
+    return run
+
+
+def test_a_slowed_operation_is_a_regression_and_a_second_run_is_none(measured):
+    first, second, slowed = measured(0.01), measured(0.01), measured(0.03)
+    assert [row["state"] for one in (first, second, slowed) for row in one["rows"]] == ["ok"] * 3
+    assert not compare([first], [second]).is_regression
+    found = compare([first], [slowed])
+    assert found.is_regression
+    [change] = found.worse
+    assert (change.benchmark, change.kind) == ("kernels", "ratio")
+    assert change.worse_by.low > 1.1
