@@ -1,179 +1,256 @@
-"""Every operation of the registry, forward and backward, against its reference in plain and in compiled PyTorch.
+"""Every operation of the registry, forward and backward, against plain and compiled PyTorch and its published peers.
 
-Shapes are the record's bench_cases: whole on a GPU, cut to what a small model has on a CPU. The three take turns, with
-cold caches. An operation whose results are wrong on the case at hand gets no ratio.
+All contenders of an item take turns with cold caches. Results are compared with the reference in fp64 in the same run:
+where burnish's are wrong the row is void, where a contender's are the contender is; neither gets a ratio.
+`pytest bench/bench_kernels.py` times the same calls with pytest-benchmark.
 """
 
+import functools
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import SkipTest
 
 import torch
 
-from ..harness.errors import ConfigError
 from ..kernels.op import Case, Op, backend_of
 from ..kernels.registry import OPS
-from .op_runs import Run, in_dtype, mistake, tensors_of
+from .benchmark import Benchmark, Choice, Item, Row, Setting
+from .contenders import (
+    BURNISH,
+    COMPILED,
+    FROZEN,
+    REFERENCE,
+    Contender,
+    contenders_of,
+    fault,
+    small_problem,
+)
+from .counts import all_counts, is_on_gpu, num_launches, peak_bytes
+from .kernel_tables import figures, tables
+from .op_runs import Run, mistake, tensors_of
+from .plain import Problem, problem_of
+from .shapes import brief, items
 from .stats import paired_ratios, quantiles
 from .stopwatch import Stopwatch
 from .turns import others_s
 
-CPU_LIMITS = {"B": 4, "T": 512, "S": 512, "M": 1024, "K": 576, "N": 1536, "F": 1536, "V": 49152, "shapes": 576}
-"""Largest value of a shape letter on a CPU: SmolLM2-135M on 4x256 tokens."""
-CPU_PARTS = 64
-"""Most entries of a shape letter that stands for many tensors."""
 NUM_WARMUP = 3
-
-Say = Callable[[str], None]
-
-
-def measure(names: Sequence[str], *, num_rounds: int, is_compiled: bool, say: Say) -> dict[str, Any]:
-    """All cases of the named operations as JSON, with the raw samples. Raises ConfigError for an unknown one."""
-    for name in names:
-        if name not in OPS:
-            raise ConfigError(f"{name!r} is no operation; there is {', '.join(OPS)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    stopwatch = Stopwatch(device)
-    say("peaks of this machine: copy, matrix product")
-    peaks = {str(dtype)[6:]: stopwatch.peaks(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    rows: list[dict[str, Any]] = []
-    found = {"benchmark": "kernels", "device": device, "peaks": peaks, "num_rounds": num_rounds, "rows": rows}
-    start_s, start_others_s = time.perf_counter(), others_s()
-    work = [(OPS[name], case) for name in names for case in cases_on(OPS[name], device)]
-    for number, (op, case) in enumerate(work, start=1):
-        say(f"{number} of {len(work)}: {op.name} {describe(case)}")
-        try:
-            row = measure_case(op, case, stopwatch, peaks, num_rounds=num_rounds, is_compiled=is_compiled)
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-            break
-        rows.append(row)
-    others_cores = max(0.0, (others_s() - start_others_s) / (time.perf_counter() - start_s))
-    return found | {"others_cores": others_cores, "is_interrupted": len(rows) < len(work)}
+WARMUP_S = 0.2
+"""Where the first call takes longer, it was enough."""
+NUM_ROUNDS = 25
+ROUNDS_S = {"cpu": 3.0, "cuda": 1.0}
+"""What the rounds of an item take at most, where they are not counted by the caller."""
+QUICK_ROUNDS_S = 1.0
+COUNTS = ("peak_bytes", "saved_bytes", "num_launches")
+FAILURES = (RuntimeError, MemoryError, ValueError, TypeError, NotImplementedError, ImportError, AttributeError)
+"""What an operation or a peer may raise on a machine that cannot run it."""
 
 
-def cases_on(op: Op, device: str) -> list[Case]:
-    """The cases to time, each once."""
-    cases = list(op.bench_cases) if device == "cuda" else [smaller(case) for case in op.bench_cases]
-    return [case for i, case in enumerate(cases) if case not in cases[:i]]
+@functools.cache
+def stopwatch_of(device: str) -> Stopwatch:
+    return Stopwatch(device)
 
 
-def smaller(case: Case) -> Case:
-    """The case within CPU_LIMITS; `offsets`, which cut the M rows into parts, shrink with M."""
-    found = {key: limited(value, CPU_LIMITS[key]) if key in CPU_LIMITS else value for key, value in case.items()}
-    if "offsets" in case:
-        found["offsets"] = tuple(row * found["M"] // case["M"] for row in case["offsets"])
-    return found
+@functools.cache
+def peaks_of(device: str, num_threads: int) -> dict[str, dict[str, float]]:
+    """The machine's measured peaks by dtype."""
+    stopwatch = stopwatch_of(device)
+    return {str(dtype)[6:]: stopwatch.peaks(dtype) for dtype in (torch.bfloat16, torch.float32)}
 
 
-def limited(value: Any, limit: int) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(limited(part, limit) for part in value[:CPU_PARTS])
-    return min(value, limit)
-
-
-def describe(case: Case) -> str:
-    """The case in a few words; of long tuples only the number of parts."""
-    shown = {key: f"{len(value)} parts" if str(value).count(",") > 4 else value for key, value in case.items()}
-    return " ".join(f"{key}={value}" for key, value in shown.items())
+def prepare(setting: Setting) -> dict[str, Any]:
+    torch.set_num_threads(setting.num_threads)
+    setting.say("kernels: peaks of this machine: copy, matrix product")
+    return {"peaks": peaks_of(setting.device, setting.num_threads), "num_threads": setting.num_threads}
 
 
 def dtype_of(op: Op) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
 
 
-def measure_case(
-    op: Op, case: Case, stopwatch: Stopwatch, peaks: Mapping[str, Any], *, num_rounds: int, is_compiled: bool
-) -> dict[str, Any]:
-    """One row: state ok, void or failed; times, ratios to burnish, bytes saved for backward, share of the peak."""
-    device, dtype = stopwatch.device, dtype_of(op)
-    row: dict[str, Any] = {"op": op.name, "case": describe(case), "dtype": str(dtype)[6:], "state": "ok"}
+def measure(item: Item, setting: Setting) -> Iterator[Row]:
+    """One row: ok, void or failed."""
+    op, case = OPS[item.what["op"]], item.what["case"]
+    dtype = dtype_of(op)
+    row: Row = {
+        "key": item.key, "state": "ok", "reason": None, "op": op.name, "case": brief(case),
+        "label": item.key, "dtype": str(dtype)[6:],
+    }  # fmt: skip
+    start_s, start_others_s = time.perf_counter(), others_s()
     try:
-        reason = mistake(op, case, dtype, device)
-        if reason is not None:
-            return row | {"state": "void", "reason": reason}
-        inputs = op.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
-        row["backend"] = next((backend_of(tensor) for tensor in tensors_of(inputs)), "torch")
-        runs = {
-            "burnish": Run.prepare(op.function, in_dtype(inputs, dtype) | dict(op.options)),
-            "reference": Run.prepare(op.reference, in_dtype(inputs, dtype)),
-        }
-        saved = {name: saved_bytes(run) for name, run in runs.items()}
-        if is_compiled:
-            row |= add_compiled(runs, op, inputs, dtype)
-        for run in runs.values():
-            for _ in range(NUM_WARMUP):
-                run()
-        rounds = stopwatch.in_turn(runs, num_rounds=num_rounds)
-    except (RuntimeError, MemoryError, ValueError, TypeError, NotImplementedError) as error:
-        return row | {"state": "failed", "reason": " ".join(str(error).split())[:300] or type(error).__name__}
-    row |= {"rounds": rounds, "saved_bytes": saved}
+        row |= _measured(op, case, dtype, item, setting)
+    except FAILURES as error:
+        row |= {"state": "failed", "reason": _text(error)}
+    finally:
+        _free(setting.device)
+    others_cores = (others_s() - start_others_s) / (time.perf_counter() - start_s)
+    yield row | {"others_cores": max(0.0, others_cores)}
+
+
+def _measured(op: Op, case: Case, dtype: torch.dtype, item: Item, setting: Setting) -> dict[str, Any]:
+    device = setting.device
+    problem = problem_of(op, case, dtype, device)
+    reason = mistake(op, case, dtype, device, problem.inputs)
+    found = {"backend": next((backend_of(tensor) for tensor in tensors_of(problem.inputs)), "torch")}
+    contenders = contenders_of(op, is_compiled=item.what["is_compiled"])
+    if reason is not None:
+        entries = {c.name: _entry(c, "not measured", "burnish's results are wrong") for c in contenders}
+        entries[BURNISH] |= {"state": "void", "reason": reason}
+        return found | {"state": "void", "reason": reason, "contenders": entries}
+    entries, runs = ready(contenders, problem, stopwatch_of(device))
+    if BURNISH not in runs or REFERENCE not in runs:
+        entry = entries[BURNISH if BURNISH not in runs else REFERENCE]
+        reason = f"{entry['label']}: {entry['reason']}"
+        return found | {"state": entry["state"], "reason": reason, "contenders": entries}
+    limit_s = QUICK_ROUNDS_S if setting.is_quick else ROUNDS_S[device]
+    rounds = stopwatch_of(device).in_turn(
+        runs, num_rounds=setting.num_rounds or NUM_ROUNDS, limit_s=float("inf") if setting.num_rounds else limit_s
+    )
+    for name, copies in runs.items():
+        samples = [turn[name] for turn in rounds]
+        entries[name] |= {"samples": samples, "time_s": quantiles(samples), **_counted(name, copies[0])}
+    peaks = peaks_of(device, setting.num_threads)
+    peak = peaks[str(dtype)[6:]] if str(dtype)[6:] in peaks else peaks["float32"]
+    return found | {"contenders": entries} | ratios(entries, contenders) | roofline(op, case, peak, entries[BURNISH])
+
+
+def ready(
+    contenders: Sequence[Contender], problem: Problem, stopwatch: Stopwatch
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Run]]]:
+    """(state of every contender, the runs of those that can be timed: one for each copy of the inputs)."""
+    device = stopwatch.device
+    num_bytes = sum(tensor.nbytes for tensor in tensors_of(problem.inputs))
+    copies = [problem, *(problem.copied() for _ in range(stopwatch.num_copies(num_bytes) - 1))]
+    small = small_problem(problem.op, problem.case, problem.dtype, device)
+    entries, runs = {}, {}
+    for contender in contenders:
+        missing = contender.reason(problem)
+        if missing is not None:
+            entries[contender.name] = _entry(contender, "not measured", missing)
+            continue
+        try:
+            wrong = fault(contender, small)
+            entries[contender.name] = _entry(contender, "ok" if wrong is None else "void", wrong)
+            if wrong is None:
+                made = [contender.make(copy) for copy in copies]
+                warm_up(made)
+                runs[contender.name] = made
+        except Exception as error:
+            # A compiler, or another library, may fail in any way.
+            if contender.name in (BURNISH, REFERENCE) and not isinstance(error, FAILURES):
+                raise
+            entries[contender.name] = _entry(contender, "failed", _text(error))
+            _free(device)
+    return entries, runs
+
+
+def warm_up(runs: Sequence[Run]) -> None:
+    """Calls each once, and more often where that takes no time."""
+    start_s = time.perf_counter()
+    for number in range(NUM_WARMUP):
+        for run in runs:
+            run()
+        if number == 0 and time.perf_counter() - start_s > WARMUP_S:
+            break
+
+
+def _entry(contender: Contender, state: str, reason: str | None) -> dict[str, Any]:
+    counts = dict.fromkeys(COUNTS)
+    return {"label": contender.label, "state": state, "reason": reason, "samples": [], "time_s": None, **counts}
+
+
+def _counted(name: str, run: Run) -> dict[str, int | None]:
+    """None where a count is not of the same things: what is compiled runs past the dispatcher that is observed."""
+    if name != COMPILED:
+        return dict(all_counts(run))
+    counts: dict[str, int | None] = dict.fromkeys(COUNTS)
+    return counts | ({"peak_bytes": peak_bytes(run), "num_launches": num_launches(run)} if is_on_gpu(run) else {})
+
+
+def ratios(entries: Mapping[str, dict[str, Any]], contenders: Sequence[Contender]) -> dict[str, Any]:
+    """Times of the contenders over burnish's, and of all over the frozen products', in the same rounds."""
+    samples = {name: entry["samples"] for name, entry in entries.items() if entry["samples"]}
+    whole = [c.name for c in contenders if c.name in samples and c.is_whole]
+    ratio = {name: paired_ratios(samples[name], samples[BURNISH]) for name in whole if name != BURNISH}
+    over_frozen = None
+    if FROZEN in samples:
+        pairs = {name: paired_ratios(samples[name], samples[FROZEN]) for name in whole}
+        over_frozen = {name: {key: pair[key] for key in ("q1", "median", "q3")} for name, pair in pairs.items()}
+    return {"ratio": ratio, "over_frozen": over_frozen}
+
+
+def roofline(op: Op, case: Case, peak: Mapping[str, float], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The least time that the record's operations and bytes take at the machine's peaks, and its share of burnish's."""
+    num_flops, num_bytes = (of(case) if of else None for of in (op.num_flops, op.num_bytes))
+    pairs = (num_flops, peak["flops_per_s"]), (num_bytes, peak["bytes_per_s"])
+    floor_s = max((amount / rate for amount, rate in pairs if amount), default=None)
+    share = None if floor_s is None else floor_s / entry["time_s"]["median"]
+    return {"num_flops": num_flops, "num_bytes": num_bytes, "floor_s": floor_s, "share_of_peak": share}
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _free(device: str) -> None:
+    gc.collect()
     if device == "cuda":
-        row |= {name: {key: of(run) for key, run in runs.items()} for name, of in GPU_COUNTS.items()}
-    return row | figures(op, case, rounds, peaks[row["dtype"] if row["dtype"] in peaks else "float32"])
+        torch.cuda.empty_cache()
 
 
-def add_compiled(runs: dict[str, Run], op: Op, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
-    """Adds the compiled reference to the runs; why not, where it cannot be compiled."""
-    torch._dynamo.reset()
-    try:
-        compiled = torch.compile(op.reference, dynamic=False)
-        run = Run(compiled, in_dtype(inputs, dtype), runs["reference"].cotangents)
+BENCHMARK = Benchmark(
+    name="kernels",
+    summary="every operation, forward and backward, against PyTorch and its peers",
+    items=items,
+    prepare=prepare,
+    measure=measure,
+    figures=figures,
+    tables=tables,
+)
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """One test for every contender of every item of the quick catalogue."""
+    if "contender" not in metafunc.fixturenames:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pairs = [
+        (item, contender)
+        for item in items(device, Choice(is_quick=True))
+        for contender in contenders_of(OPS[item.what["op"]], is_compiled=item.what["is_compiled"])
+    ]
+    names = [f"{item.key} · {contender.name}".replace(" · ", " | ") for item, contender in pairs]
+    metafunc.parametrize(("item", "contender"), pairs, ids=names)
+
+
+def test_contender(benchmark: Any, item: Item, contender: Contender) -> None:
+    """Times one contender; skipped, with the reason, where it cannot run or its results are wrong."""
+    op, case = OPS[item.what["op"]], item.what["case"]
+    dtype, device = dtype_of(op), "cuda" if torch.cuda.is_available() else "cpu"
+    problem, stopwatch = problem_of(op, case, dtype, device), stopwatch_of(device)
+    wrong = mistake(op, case, dtype, device, problem.inputs) if contender.name == BURNISH else None
+    if wrong is not None:
+        raise SkipTest(f"void: {wrong}")
+    entries, runs = ready([contender], problem, stopwatch)
+    entry = entries[contender.name]
+    if contender.name not in runs:
+        raise SkipTest(f"{entry['state']}: {entry['reason']}")
+    run = runs[contender.name][0]
+
+    def call() -> None:
         run()
-    except Exception as error:  # a compiler may fail in any way
-        return {"not_compiled": " ".join(str(error).split())[:300]}
-    runs["compiled"] = run
-    return {}
+        stopwatch.finish()
 
+    def chill() -> None:
+        stopwatch.chill()
+        stopwatch.finish()
 
-def figures(op: Op, case: Case, rounds: list[dict[str, float]], peak: Mapping[str, float]) -> dict[str, Any]:
-    """Times and ratios; share_of_peak is the least time that the record's bytes and operations need, by ours."""
-    times = {name: [turn[name] for turn in rounds] for name in rounds[0]}
-    result: dict[str, Any] = {"time_s": {name: quantiles(samples) for name, samples in times.items()}}
-    result["ratio"] = {
-        name: paired_ratios(samples, times["burnish"]) for name, samples in times.items() if name != "burnish"
-    }
-    needed = [of(case) / peak[key] for of, key in ((op.num_bytes, "bytes_per_s"), (op.num_flops, "flops_per_s")) if of]
-    result["num_bytes"], result["num_flops"] = (of(case) if of else None for of in (op.num_bytes, op.num_flops))
-    result["share_of_peak"] = max(needed) / result["time_s"]["burnish"]["median"] if needed else None
-    return result
-
-
-def saved_bytes(run: Run) -> int:
-    """Bytes that forward keeps for backward, without its inputs."""
-    inputs = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(run.arguments)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = run.forward()
-        total = sum(kept.values())
-    del outputs
-    return total
-
-
-def peak_bytes(run: Run) -> int:
-    """Most that one call allocates on the GPU."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def num_launches(run: Run) -> int:
-    """Kernels, copies and fills that one call starts on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
-
-
-GPU_COUNTS: dict[str, Callable[[Run], int]] = {"peak_bytes": peak_bytes, "num_launches": num_launches}
+    benchmark.group = item.key
+    benchmark.pedantic(call, setup=chill, rounds=NUM_ROUNDS if device == "cuda" else 5, warmup_rounds=1)
+    peaks = peaks_of(device, torch.get_num_threads())
+    time_s = {"median": benchmark.stats.stats.median}
+    peak = peaks[str(dtype)[6:]] if str(dtype)[6:] in peaks else peaks["float32"]
+    figures = roofline(op, case, peak, {"time_s": time_s}) | _counted(contender.name, run)
+    benchmark.extra_info.update(figures | {"label": contender.label, "dtype": str(dtype)[6:], "device": device})

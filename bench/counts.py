@@ -42,6 +42,15 @@ def saved_bytes(run: Run) -> int:
     return total
 
 
+def all_counts(run: Run) -> dict[str, int]:
+    """peak_bytes, saved_bytes and num_launches."""
+    saved = saved_bytes(run)
+    if is_on_gpu(run):
+        return {"peak_bytes": peak_bytes(run), "saved_bytes": saved, "num_launches": num_launches(run)}
+    observed = _observed(run)
+    return {"peak_bytes": observed.peak_bytes, "saved_bytes": saved, "num_launches": observed.num_launches}
+
+
 def peak_bytes(run: Run) -> int:
     """The most that one call has allocated at a time, its results included."""
     if not is_on_gpu(run):
@@ -57,8 +66,7 @@ def peak_bytes(run: Run) -> int:
 def num_launches(run: Run) -> int:
     """Kernels, copies and fills that one call starts on the GPU; operations and C++ calls that compute on a CPU."""
     if not is_on_gpu(run):
-        observed = _observed(run)
-        return observed.num_computing + observed.num_native
+        return _observed(run).num_launches
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
@@ -74,7 +82,7 @@ class _Observer(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_computing = self.num_native = self.peak_bytes = 0
+        self.num_launches = self.peak_bytes = 0
         self.alive: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
@@ -87,7 +95,7 @@ class _Observer(TorchDispatchMode):
         for tensor in made:
             self.alive[tensor.untyped_storage()] = None
         if (made or func._schema.is_mutable) and func._schema.name.split("::")[1] not in ALLOCATIONS:
-            self.num_computing += 1
+            self.num_launches += 1
         self.peak_bytes = max(self.peak_bytes, sum(storage.nbytes() for storage in self.alive))
         return value
 
@@ -97,9 +105,9 @@ def _native_calls(observer: _Observer) -> Iterator[None]:
     """Counts the calls of the C++ library, which ctypes makes behind the dispatcher's back."""
     call = native.call
 
-    def counted(*arguments: Any) -> None:
-        observer.num_native += 1
-        call(*arguments)
+    def counted(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        observer.num_launches += 1
+        call(name, dtype, *arguments)
 
     native.call = counted
     try:

@@ -15,8 +15,9 @@ MODULES = {
     for path in sorted((ROOT / layer).rglob("*.py"))
 }
 IMPORTERS = {
-    "peft": {"bench.peers", "harness.adapters"},
-    "bitsandbytes": {"harness.adapters", "harness.bnb"},
+    "peft": {"bench.kernel_peers", "bench.peers", "harness.adapters"},
+    "bitsandbytes": {"bench.kernel_peers", "harness.adapters", "harness.bnb"},
+    "liger_kernel": {"bench.kernel_peers"},
     "deepspeed": {"bench.trainers", "harness.zero"},
     "ray": {"bench.scale_cluster", "launch.ray_cluster", "launch.ray_train"},
     "rich": {"launch.progress"},

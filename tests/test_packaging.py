@@ -24,6 +24,8 @@ NOT_IMPORTED = {
 }
 """Requirements that our sources do not import, and who does."""
 OTHERS_BRING = {
+    "liger_kernel": "a peer of the kernel benchmark, measured only where it is installed",
+    "pytest": "it collects the benchmarks itself; the extra `dev` brings it",
     "tokenizers": "transformers requires it",
     "trl": "a mode of the benchmark, imported where it is asked for; the extra `dev` brings it",
     "unsloth": "a mode of the benchmark, measured only where it is installed",
