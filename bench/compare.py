@@ -6,8 +6,9 @@ figures of two equal runs some 95 % intervals would lie anywhere. The tolerance 
 know: machines and library versions that move all samples of a run together. With few samples only large changes are
 found; a change that looks large and is not sure is listed as unclear.
 
-Bytes are compared with a tolerance and counts exactly; they have no samples. Absolute times are compared on request
-and on the same hardware only: they measure the machine as much as the program.
+Bytes are compared with a tolerance and counts exactly; they have no samples. A count of which more is better is the
+largest size that fits: it follows from measured bytes and has a tolerance as well. Absolute times are compared on
+request and on the same hardware only: they measure the machine as much as the program.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ from .stats import Interval, ratio_interval
 
 ERROR_RATE = 0.05
 """Probability that any interval of a comparison is wrong."""
-TOLERANCES: Mapping[Kind, float] = {"ratio": 0.10, "time": 0.10, "bytes": 0.05, "count": 0.0}
-"""A change is counted beyond 1 + tolerance, or below 1 / (1 + tolerance)."""
+TOLERANCES: Mapping[str, float] = {"ratio": 0.10, "time": 0.10, "bytes": 0.05, "count": 0.0, "largest": 0.10}
+"""By kind. A change is counted beyond 1 + tolerance, or below 1 / (1 + tolerance)."""
 MIN_SAMPLES = 3
 """With fewer on either side nothing is known about the noise, and no change is sure."""
 SAMPLED = ("ratio", "time")
@@ -85,7 +86,7 @@ def compare(
 def compared(
     before: Sequence[Result],
     after: Sequence[Result],
-    tolerances: Mapping[Kind, float],
+    tolerances: Mapping[str, float],
     *,
     with_times: bool,
 ) -> Comparison:
@@ -104,7 +105,8 @@ def compared(
     pairs = judged_pairs(pairs, olds, news, found, with_times=with_times)
     num_intervals = sum(has_interval(figure, other) for _, figure, other in pairs)
     for name, figure, other in pairs:
-        change = judged(name, figure, other, tolerances[figure.kind], error_rate=ERROR_RATE / max(1, num_intervals))
+        tolerance = tolerances["largest" if figure.kind == "count" and figure.better == "higher" else figure.kind]
+        change = judged(name, figure, other, tolerance, error_rate=ERROR_RATE / max(1, num_intervals))
         getattr(found, change.verdict).append(change)
     for changes in (found.worse, found.better, found.unclear):
         changes.sort(key=extent, reverse=True)
@@ -252,7 +254,7 @@ HEADINGS = {
 def tables(comparison: Comparison, *, with_same: bool = False) -> list[Table]:
     """One for each verdict that occurs, and one of what has no match; the notes are under the last."""
     found = [
-        Table(title, ("figure", "before", "after", "worse by", "interval", ""), [cells(change) for change in changes])
+        Table(title, ("figure", "before", "after", "change", "interval", ""), [cells(change) for change in changes])
         for verdict, title in HEADINGS.items()
         if (changes := getattr(comparison, verdict)) and (with_same or verdict != "same")
     ]
@@ -261,7 +263,8 @@ def tables(comparison: Comparison, *, with_same: bool = False) -> list[Table]:
         found.append(Table("Without a match", ("figure", "reason"), rows))
     notes = [
         *comparison.notes,
-        f"intervals hold together with {100 * (1 - ERROR_RATE):.0f} % confidence; below 0 % is better than before",
+        "a change above 0 % is for the worse, whichever way the figure counts; the intervals hold together with "
+        f"{100 * (1 - ERROR_RATE):.0f} % confidence",
     ]
     return [*found, Table("Comparison", ("verdict", "figures"), counts(comparison), notes)]
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..harness.errors import ConfigError
 from ..harness.markup import duration, size
 from ..harness.run_dir import write_bytes
-from . import record, suite
+from . import memory_tables, published, record, suite
 from .benchmark import NOT_MEASURED, Benchmark, Choice, Item, Result, Row, Table, completed
 from .step_cases import row_key
 from .table import as_markdown
@@ -20,7 +20,6 @@ DOCUMENT, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 GPU_HARDWARE = "nvidia-h200"
 """The folder of the results that the section on a GPU shows."""
 WIDTH = 120
-SEPARATOR = " · "
 
 INTRO = """\
 <!-- Made by `burnish bench docs` from bench/results. `burnish bench verify` finds what is edited here. -->
@@ -147,22 +146,58 @@ def gpu_section(results: Mapping[str, Result]) -> str:
             reason = "the result has no such row"
             parts.append(benchmark_part(benchmark, completed(results[name], items, reason=reason)))
         else:
-            table = as_markdown(unmeasured_table(benchmark, items))
+            table = as_markdown(unmeasured_table(items))
             parts.append(f"### {name}: {benchmark.summary}\n\n{table}\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, published_part()])
 
 
-def unmeasured_table(benchmark: Benchmark, items: Sequence[Item]) -> Table:
-    """Keys that begin and end alike are a line: "lora_linear · llama-8b qkv · M=8192" is under lora_linear, M=8192."""
+def unmeasured_table(items: Sequence[Item]) -> Table:
+    """In as few lines as possible, each for all keys that differ in one part: "8b lora · peft" and "8b lora · sft"."""
+    keys = [key for item in items for key in item.rows]
+    lines = min((grouped(keys, varying) for varying in (1, 2, 3)), key=len)
+    return Table("", ("what", "state", "rows"), [(what, NOT_MEASURED, "; ".join(rest)) for what, rest in lines.items()])
+
+
+def grouped(keys: Sequence[str], varying: int) -> dict[str, list[str]]:
+    """Other parts of a key -> the varying parts of all keys that have them; a dot or a comma ends a part."""
     lines: dict[str, list[str]] = {}
-    for key in (key for item in items for key in item.rows):
-        first, *rest = key.split(SEPARATOR)
-        if not rest:
-            lines.setdefault(benchmark.name, []).append(key)
-        else:
-            lines.setdefault(", ".join([first, *rest[1:]]), []).append(rest[0])
-    rows = [(what, NOT_MEASURED, "; ".join(rest)) for what, rest in lines.items()]
-    return Table("", ("what", "state", "rows"), rows)
+    for key in keys:
+        parts = re.split(" · |, ", key)
+        rest = [parts.pop(varying)] if varying < len(parts) else []
+        lines.setdefault(", ".join(parts), []).extend(rest)
+    return lines
+
+
+def published_part() -> str:
+    """What others publish about memory, each table with its source."""
+    parts = ["### Published by others, not measured here"]
+    for table in (published_contexts(), published_curves(), memory_tables.minimums()):
+        parts += [f"#### {table.title}", as_markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def published_contexts() -> Table:
+    budgets = sorted({one.budget_gb for one in published.CONTEXTS})
+    lines: dict[str, dict[float, str]] = {}
+    for one in published.CONTEXTS:
+        shown = "out of memory" if one.max_tokens is None else f"{one.max_tokens:,}"
+        lines.setdefault(f"{one.model}, {one.label}", {})[one.budget_gb] = shown
+    rows = [(name, *(line.get(budget, "") for budget in budgets)) for name, line in lines.items()]
+    notes = [f"Published: {source}, {published.CONTEXT_SETTINGS}." for source in sources()]
+    return Table("Longest sequence on a card", ("what", *(f"{budget:g} GB" for budget in budgets)), rows, notes)
+
+
+def sources() -> list[str]:
+    return list(dict.fromkeys(one.source for one in published.CONTEXTS))
+
+
+def published_curves() -> Table:
+    rows = [
+        (name, *("out of memory" if needed is None else f"{needed:g} GB" for needed in curve))
+        for name, curve in published.CURVES_GB.items()
+    ]
+    notes = [f"Published: {published.LLAMA_FACTORY}, {published.CURVE_SETTINGS}."]
+    return Table("Memory by the length of the sequence", ("what", *published.CURVE_TOKENS), rows, notes)
 
 
 def rows_by_key(result: Result | None) -> dict[str, Row]:
