@@ -27,6 +27,8 @@ CHAR_PX = 7.4
 LINE_PX = 14.0
 DOT_PX = 5.0
 STROKE_PX = 2.0
+SPACE_PX = 4.0
+"""Between the texts of neighbours."""
 SIDES: dict[str, tuple[float, float, float, float]] = {
     "e": (9, -0.5, 0, 0),
     "w": (-9, -0.5, -1, 0),
@@ -108,9 +110,10 @@ def _seats(
                 and all(_is_free(stroke, texts[width]) for stroke in strokes[width])
                 for width in widths
             ):
-                for width in widths:
-                    texts[width].append(boxes[width])
-                    taken[width] += [boxes[width], *strokes[width]]
+                for width, (left, top, right, bottom) in boxes.items():
+                    spaced = left - SPACE_PX, top, right + SPACE_PX, bottom
+                    texts[width].append(spaced)
+                    taken[width] += [spaced, *strokes[width]]
                 found[-1] = seat
                 break
     return found
@@ -124,7 +127,7 @@ def _box(label: Label, seat: Seat, width: int, height: int) -> Box:
         left = 4.0 if seat.side.endswith("w") else width - 4 - across
         top = y + (-LINE_PX - 3 if "n" in seat.side.split()[1] else 3)
     elif seat.rise:
-        left = x - 2 if "right" in seat.side else x + 2 - across
+        left = x if "right" in seat.side else x - across
         top = y - seat.rise - LINE_PX if "up" in seat.side else y + seat.rise
     else:
         dx, up, along, dy = SIDES[seat.side]

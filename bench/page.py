@@ -13,9 +13,10 @@ from ..harness.report import document, section, table, tile
 from ..harness.run_dir import write_bytes
 from . import suite
 from .benchmark import NOT_MEASURED, Result, Row, Table
+from .memory_cases import COUNTERPARTS, budget_text
 from .page_kernels import kernels
 from .page_memory import memory, method_of
-from .page_rows import colour_of, grouped, is_ok, span_of, times, times_span, value_at, why
+from .page_rows import grouped, is_ok, span_of, times, times_span, value_at, why
 from .page_scale import scale
 from .page_step import step
 from .page_style import STYLE
@@ -150,20 +151,23 @@ def kernel_headlines(rows: Sequence[Row]) -> Iterator[Markup]:
 
 
 def memory_headlines(rows: Sequence[Row]) -> Iterator[Markup]:
-    """The largest factor between the longest sequences of burnish and of PEFT in the same budget."""
+    """The largest factor between the longest sequences of a method and of burnish's counterpart in the same budget."""
     lengths = [row for row in rows if row.get("kind") == "length" and is_ok(row) and value_at(row, "max_tokens")]
-    best: tuple[float, Row, Row] | None = None
+    found: list[tuple[float, Row, Row]] = []
     for some in grouped(lengths, "model", "budget_bytes").values():
-        found = [(colour_of(str(row.get("method"))), row) for row in some]
-        sides = [[row for colour, row in found if colour.startswith(hue)] for hue in ("copper", "blue")]
-        if all(sides):
-            ours, theirs = (max(side, key=lambda row: row["max_tokens"]) for side in sides)
-            factor = ours["max_tokens"] / theirs["max_tokens"]
-            best = max(best or (0.0, ours, theirs), (factor, ours, theirs), key=lambda one: one[0])
-    if best:
-        factor, ours, theirs = best
-        told = f"{ours['max_tokens']:,} tokens against {theirs['max_tokens']:,} of {method_of(theirs)}"
-        yield tile("Longer sequences", times(factor), f"{told}, in {size(ours['budget_bytes'])}")
+        by_method = {row.get("method"): row for row in some}
+        for theirs, ours in ((by_method.get(a), by_method.get(b)) for a, b in COUNTERPARTS.items()):
+            if theirs and ours and theirs.get("bound") != "at least":
+                found.append((ours["max_tokens"] / theirs["max_tokens"], ours, theirs))
+    if found:
+        factor, ours, theirs = max(found, key=lambda one: one[0])
+        lengths_told = (
+            f"{ours['max_tokens']:,} tokens of {method_of(ours)}, {theirs['max_tokens']:,} of {method_of(theirs)}"
+        )
+        at_least = "≥ " if ours.get("bound") not in (None, "exact") else ""
+        yield tile(
+            "Longer sequences", at_least + times(factor), f"{lengths_told}, in {budget_text(ours['budget_bytes'])}"
+        )
 
 
 def scale_headlines(rows: Sequence[Row]) -> Iterator[Markup]:
@@ -199,12 +203,16 @@ def benchmark(result: Result, hardware: str) -> Markup:
     folded = tag("details", tag("summary", "All figures as tables"), *map(as_html, tables), class_="tables")
     content = section(
         title_of(result),
-        tag("p", f"{known.summary.rstrip('.')}.", class_="soft") if known else None,
+        tag("p", sentence(known.summary), class_="soft") if known else None,
         drawn or tag("p", "Nothing here has a figure.", class_="soft"),
         missing(result["rows"]),
         folded if tables else None,
     )
     return tag("div", content, id=anchor(result, hardware))
+
+
+def sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def missing(rows: Sequence[Row]) -> Markup:

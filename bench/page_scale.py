@@ -81,16 +81,14 @@ def simulation(model: str, rows: Sequence[Row]) -> Markup:
     """Efficiency against the number of GPUs, one curve for each ZeRO stage; what does not fit is a gap."""
     curves, unfit = [], []
     for (stage,), some in grouped(rows, "zero_stage").items():
-        name, line, band = f"ZeRO {stage}", [], []
+        name, line = f"ZeRO {stage}", []
         for row in sorted(some, key=lambda row: value_at(row, "num_gpus") or 0.0):
             count, efficiency = value_at(row, "num_gpus"), value_at(row, "efficiency")
             fits = row.get("fits") is not False
             unfit += [] if fits or name in unfit else [name]
             if count and efficiency is not None:
                 line.append((count, 100 * efficiency if fits else None))
-                low, high = (value_at({"": bound}, "") for bound in row.get("efficiency_bounds") or (None, None))
-                band += [(count, 100 * low, 100 * high)] if fits and low is not None and high is not None else []
-        curves.append(Curve(name, line, STAGES.get(stage, "grey"), "marked", name, band))
+        curves.append(Curve(name, line, STAGES.get(stage, "grey"), "marked", name))
     xs = [x for curve in curves for x, _ in curve.points]
     if not xs:
         return Markup("")
@@ -98,7 +96,9 @@ def simulation(model: str, rows: Sequence[Row]) -> Markup:
     y = linear("efficiency, %", [100.0], number)
     keys = [(curve.name, curve.colour) for curve in curves]
     lead = stated(rows[0]) + (f" Where a curve is missing, it does not fit: {', '.join(unfit)}." if unfit else "")
-    return points(f"{model}: model", x, y, curves=curves, keys=keys, lead=lead, width="half", kind="model")
+    return points(
+        f"Efficiency of {model}: model", x, y, curves=curves, keys=keys, lead=lead, width="half", kind="model"
+    )
 
 
 def stated(row: Row) -> str:
@@ -110,5 +110,5 @@ def stated(row: Row) -> str:
             f"computing at {metric(speed)}FLOP/s ({'measured' if row.get('is_speed_measured') else 'assumed'})"
         )
     if overlap is not None:
-        parts.append(f"{overlap:.0%} of the communication hidden (band: none, and all that can be)")
+        parts.append(f"{overlap:.0%} of the communication hidden (the table has the bounds)")
     return "; ".join(parts) + "."

@@ -19,14 +19,17 @@ code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
   background: var(--code); border-radius: 6px; padding: 2px 8px; }
 nav { display: flex; flex-wrap: wrap; gap: 6px 20px; margin: 16px 0 -20px; font-size: 14px; }
 nav a { text-decoration: none; border-bottom: 1px solid currentColor; }
-.charts + *, h3 + .charts { margin-top: 12px; }
+.charts + *, h3 + .charts { margin-top: 12px; } .charts + h3 { margin-top: 30px; }
 .notes { margin: 0 0 16px; padding: 10px 16px; background: var(--code); border-radius: 10px; font-size: 14px; }
 .notes p { margin: 2px 0; }
 .chart { padding: 18px 20px 14px; container-type: inline-size; }
 .towers { display: block; columns: 2; column-gap: 16px; margin-bottom: 16px; }
 .towers > * { break-inside: avoid; margin-bottom: 16px; } .towers details .chart { margin-top: 8px; }
 figcaption { font-size: 15px; margin-bottom: 6px; }
-.key::before { background: var(--c); } .key.pale::before { opacity: 0.5; }
+.key::before { background: var(--c); } .key.pale::before { opacity: 0.6; }
+.key.dotted::before { background: repeating-linear-gradient(90deg, var(--c) 0 2px, transparent 2px 5px); }
+.key.open::before { width: 9px; height: 9px; border: 2.5px solid var(--c); border-radius: 50%; background: none;
+  vertical-align: -1px; } .key.open.dotted::before { border-style: dotted; }
 .lead { font-size: 13px; line-height: 1.5; color: var(--soft); max-width: 86ch; }
 .unit { font-size: 12px; color: var(--soft); margin: 0; text-align: right; }
 .unit.up { text-align: left; margin: 12px 0 12px; }
@@ -37,7 +40,7 @@ figcaption { font-size: 15px; margin-bottom: 6px; }
 .bars .grid { stroke: var(--line); } .bars .origin { stroke: var(--soft); }
 .bar { position: relative; display: grid; align-items: center; font-size: 13px; line-height: 1.3;
   grid-template-columns: var(--name) minmax(0, 1fr) var(--value); }
-.bar .name { grid-column: 1; grid-row: 1; padding-right: 14px; overflow-wrap: anywhere; }
+.bar .name { grid-column: 1; grid-row: 1; padding: 3px 14px 3px 0; overflow-wrap: anywhere; }
 .bar .track { grid-column: 2; grid-row: 1; height: 34px; }
 .half .bar .track { height: 26px; }
 .name small { display: block; font-size: 12px; }
@@ -63,12 +66,12 @@ figcaption { font-size: 15px; margin-bottom: 6px; }
 .full .points .plot { height: 400px; } .half .points .plot { height: 260px; }
 .plot path { stroke: var(--c); }
 .plot .grid { stroke: var(--line); stroke-width: 1; } .plot .level { stroke: var(--bad); stroke-dasharray: 2 4; }
+.plot .line.dotted { stroke-dasharray: 1 4; }
 .plot .dashed { stroke-dasharray: 7 5; stroke-width: 1.5; } .plot .dots { stroke-width: 9; }
 .plot path.pale { opacity: 0.6; } .plot .hole { stroke: var(--card); stroke-width: 4.5; stroke-linecap: round; }
 .plot .above { fill: var(--line); opacity: 0.35; stroke: none; }
 .roofline .line.grey { stroke-width: 1; opacity: 0.6; } .roofline .dots.grey { stroke-width: 7; }
 .roofline .hole { stroke-width: 4; }
-.plot .band { fill: var(--c); stroke: none; opacity: 0.13; }
 .model .plot .line { stroke-dasharray: 7 5; }
 .plot .label { color: var(--ink); }
 .plot .label.level { color: var(--bad); }
@@ -77,14 +80,14 @@ figcaption { font-size: 15px; margin-bottom: 6px; }
 .ne { transform: translate(6px, calc(-100% - 4px)); } .se { transform: translate(6px, 4px); }
 .nw { transform: translate(calc(-100% - 6px), calc(-100% - 4px)); }
 .sw { transform: translate(calc(-100% - 6px), 4px); }
-.up.right { transform: translate(-2px, calc(-100% - var(--rise))); }
-.up.left { transform: translate(calc(2px - 100%), calc(-100% - var(--rise))); }
-.down.right { transform: translate(-2px, var(--rise)); }
-.down.left { transform: translate(calc(2px - 100%), var(--rise)); }
+.up.right { transform: translate(0, calc(-100% - var(--rise))); }
+.up.left { transform: translate(-100%, calc(-100% - var(--rise))); }
+.down.right { transform: translate(0, var(--rise)); }
+.down.left { transform: translate(-100%, var(--rise)); }
 .label.up::before, .label.down::before { content: ""; position: absolute; height: calc(var(--rise) - 5px);
   border-left: 1px solid var(--soft); }
 .label.up::before { top: 100%; } .label.down::before { bottom: 100%; }
-.label.right::before { left: 2px; } .label.left::before { right: 1px; }
+.label.right::before { left: 0; } .label.left::before { right: 0; }
 .on.nw { transform: translate(4px, calc(-100% - 3px)); } .on.sw { transform: translate(4px, 3px); }
 .on.ne { left: auto !important; right: 4px; transform: translateY(calc(-100% - 3px)); }
 .on.se { left: auto !important; right: 4px; transform: translateY(3px); }
@@ -97,7 +100,7 @@ details.tables { margin-top: 18px; } .tables h4 { font-size: 14px; font-weight: 
   .bars { --name: 0px; --value: 0px; }
   .bar { grid-template-columns: minmax(0, 1fr) auto; padding-top: 6px; }
   .bar .name { grid-column: 1; justify-self: start; padding-right: 8px; }
-  .bar .value { grid-column: 2; align-self: start; padding-left: 8px; }
+  .bar .value { grid-column: 2; align-self: start; padding: 3px 0 0 8px; }
   .bar .name, .bar .value { background: var(--card); }
   .bar .value i { width: auto; margin-left: 8px; }
   .bar .track { grid-column: 1 / -1; grid-row: 2; height: 24px; }

@@ -14,9 +14,11 @@ from ..harness.markup import Markup, join, tag
 from .labels import Label, placed
 
 Width = Literal["half", "full"]
+Form = Literal["", "open", "dotted", "open dotted"]
+"""Rings instead of dots, a dotted line instead of a whole one."""
 MAX_SAMPLES = 60
 """Raw samples drawn beside one bar; of more, every n-th."""
-MAX_TICKS = 6
+MAX_TICKS = 5
 CHAR_PX = {"name": 7.6, "detail": 6.9, "written": 8.3, "note": 7.0}
 """Width of a character of a bar's texts in the widest of common fonts."""
 MAX_NAME_PX = {"half": 180, "full": 330}
@@ -71,8 +73,7 @@ class Curve:
     style: Literal["line", "marked", "dashed", "roof"] = "marked"
     """A roof is shaded above."""
     label: str = ""
-    band: Sequence[tuple[float, float, float]] = ()
-    """(x, low, high): shaded."""
+    form: Form = ""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def logarithmic(title: str, values: Sequence[float], write: Callable[[float], st
 def around_one(title: str, values: Sequence[float], write: Callable[[float], str]) -> Axis:
     """A logarithmic axis for ratios: it holds 1, and at least from a half to 2."""
     axis = logarithmic(title, [0.5, 2.0, *values], write, base=2)
-    step = math.ceil(len(axis.ticks) / MAX_TICKS)
-    found = [2.0**power for power in range(-20, 21) if power % step == 0 and axis.low <= 2.0**power <= axis.high]
+    step = math.ceil(math.log2(axis.high / axis.low) / MAX_TICKS)
+    found = [2.0**power for power in range(-20 * step, 20 * step, step) if axis.low <= 2.0**power <= axis.high]
     return Axis(title, axis.low, axis.high, found, write, is_log=True)
 
 
@@ -231,10 +232,6 @@ def points(
     traces = [_trace(curve, x, y) for curve in drawn]
     for curve, parts in zip(drawn, traces, strict=True):
         lines += parts
-        if curve.band:
-            edge = [(a, low) for a, low, _ in curve.band] + [(a, high) for a, _, high in reversed(curve.band)]
-            around = "L".join(f"{x.place(a):.1f} {EDGE - y.place(b):.1f}" for a, b in edge)
-            shapes.append(tag("path", d=f"M{around}Z", class_=f"band {curve.colour}"))
         shapes.append(tag("g", *_curve(curve, parts)))
         labels += [Label(*parts[-1][-1], curve.label, curve.colour)] if curve.label else []
     for spot in spots:
@@ -265,10 +262,13 @@ def _curve(curve: Curve, parts: Sequence[Sequence[tuple[float, float]]]) -> list
     line = " ".join("M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in part) for part in parts)
     dots = " ".join(f"M{a:.1f} {b:.1f}h0" for part in parts for a, b in part)
     style = "dashed" if curve.style == "dashed" else "line"
-    shapes = [tag("title", curve.name), tag("path", d=line, class_=f"{style} {curve.colour}")]
+    shapes = [tag("title", curve.name), tag("path", d=line, class_=f"{style} {curve.colour} {curve.form}".strip())]
     if curve.style == "roof":
         shapes.append(tag("path", d=f"{line}V0H{parts[0][0][0]:.1f}Z", class_="above"))
-    return [*shapes, tag("path", d=dots, class_=f"dots {curve.colour}")] if curve.style == "marked" else shapes
+    if curve.style != "marked":
+        return shapes
+    holes = [tag("path", d=dots, class_="hole")] if "open" in curve.form else []
+    return [*shapes, tag("path", d=dots, class_=f"dots {curve.colour}"), *holes]
 
 
 def _said(curve: Curve, x: Axis, y: Axis) -> str:
