@@ -1,6 +1,7 @@
 """What the page draws of the operations: the roofline, the share of the peak, and burnish against every contender."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..harness.markup import Markup, join, number, tag
 from .benchmark import NOT_MEASURED, Result, Row
@@ -58,10 +59,10 @@ def roofline(result: Result, rows: Sequence[Row]) -> Markup:
     }
     ridges = [top / rate for top, rate in peaks.values()]
     x = logarithmic("arithmetic intensity, FLOP per byte", [*(spot.x for spot in spots), *ridges], number)
-    x = Axis(x.title, x.low / 1.6, x.high * 2, x.ticks, x.write, is_log=True)
+    x = replace(x, low=x.low / 1.6, high=x.high * 2)
     lowest = min(spot.y for spot in spots)
     y = logarithmic("FLOP/s", [lowest, *(spot.y for spot in spots), *(top for top, _ in peaks.values())], metric)
-    y = Axis(y.title, y.low, y.high * 5, y.ticks, y.write, is_log=True)
+    y = replace(y, high=y.high * 5)
     roofs = [roof(dtype, *peak, x, y, is_first=i == 0) for i, (dtype, peak) in enumerate(peaks.items())]
     lead = (
         "No operation can lie above the roof: what this machine was measured to move (slope) and to compute (flat)."

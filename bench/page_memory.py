@@ -8,7 +8,7 @@ from ..harness.markup import Markup, join, number, size, tag
 from .benchmark import Result, Row
 from .memory_cases import GB, budget_text
 from .page_rows import GIB, colour_of, grouped, is_ok, tokens, value_at, why
-from .plots import Bar, Curve, Form, Group, Spot, bars, linear, listed, logarithmic, points
+from .plots import Bar, Curve, Form, Group, Spot, bars, linear, listed, logarithmic, points, roomier
 
 MAX_OVER = 1.25
 """Predictions are drawn up to this multiple of the largest measured peak or budget."""
@@ -64,6 +64,7 @@ def peaks(rows: Sequence[Row], kind: str) -> Markup:
     keys = [(one.name, f"{one.colour} {one.form}") for one in curves if one.style == "marked"]
     keys += [("dashed: what burnish plan predicts", "ink")] if any(one.style == "dashed" for one in curves) else []
     keys += [("published by others", "grey open")] if spots else []
+    x, y = roomier(x, 0.15), roomier(y, 0.08)
     return points(title, x, y, curves=curves, spots=spots, levels=levels, keys=keys)
 
 

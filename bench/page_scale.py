@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..harness.markup import Markup, number, size
 from .benchmark import Result, Row
 from .page_rows import grouped, is_ok, metric, seconds, span_of, spelled, value_at, why
-from .plots import Bar, Curve, bars, linear, listed, logarithmic, points
+from .plots import Bar, Curve, bars, linear, listed, logarithmic, points, roomier
 
 SPLIT = (
     *(("compute_s", "compute", "copper"), ("communication_s", "communication", "blue")),
@@ -92,7 +92,7 @@ def simulation(model: str, rows: Sequence[Row]) -> Markup:
     xs = [x for curve in curves for x, _ in curve.points]
     if not xs:
         return Markup("")
-    x = logarithmic("GPUs", xs, number, base=2)
+    x = roomier(logarithmic("GPUs", xs, number, base=2), 0.15)
     y = linear("efficiency, %", [100.0], number)
     keys = [(curve.name, curve.colour) for curve in curves]
     lead = stated(rows[0]) + (f" Where a curve is missing, it does not fit: {', '.join(unfit)}." if unfit else "")

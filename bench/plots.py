@@ -5,7 +5,7 @@ The pictures stretch with the page; all text is HTML and does not. A value that 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -110,10 +110,17 @@ def logarithmic(title: str, values: Sequence[float], write: Callable[[float], st
     return Axis(title, low, high, found[:: math.ceil(len(found) / MAX_TICKS)], write, is_log=True)
 
 
+def roomier(axis: Axis, share: float) -> Axis:
+    """The axis with so much more of its length beyond its high end: room for labels."""
+    if axis.is_log:
+        return replace(axis, high=axis.high * (axis.high / axis.low) ** share)
+    return replace(axis, high=axis.high + share * (axis.high - axis.low))
+
+
 def around_one(title: str, values: Sequence[float], write: Callable[[float], str]) -> Axis:
     """A logarithmic axis for ratios: it holds 1, and at least from a half to 2."""
     axis = logarithmic(title, [0.5, 2.0, *values], write, base=2)
-    step = math.ceil(math.log2(axis.high / axis.low) / MAX_TICKS)
+    step = math.ceil(math.log2(axis.high / axis.low) / (MAX_TICKS + 0.5))
     found = [2.0**power for power in range(-20 * step, 20 * step, step) if axis.low <= 2.0**power <= axis.high]
     return Axis(title, axis.low, axis.high, found, write, is_log=True)
 
@@ -223,6 +230,7 @@ def points(
     grid += [f"M{x.place(tick):.1f} 0V{EDGE}" for tick in x.ticks]
     shapes = [tag("path", d=" ".join(grid), class_="grid")]
     labels: list[Label] = []
+    ends: list[Label] = []
     lines: list[list[tuple[float, float]]] = []
     for level, name in levels:
         high = EDGE - y.place(level)
@@ -233,7 +241,8 @@ def points(
     for curve, parts in zip(drawn, traces, strict=True):
         lines += parts
         shapes.append(tag("g", *_curve(curve, parts)))
-        labels += [Label(*parts[-1][-1], curve.label, curve.colour)] if curve.label else []
+        first = labels if curve.style in ("roof", "dashed") else ends
+        first += [Label(*parts[-1][-1], curve.label, curve.colour)] if curve.label else []
     for spot in spots:
         place = x.place(spot.x), EDGE - y.place(spot.y)
         dot = f"M{place[0]:.1f} {place[1]:.1f}h0"
@@ -246,7 +255,7 @@ def points(
         f"{title}. " + "; ".join([*told, *(name for _, name in levels)]),
         x_labels=[(x.place(tick), x.write(tick)) for tick in x.ticks],
         y_labels=[(EDGE - y.place(tick), y.write(tick)) for tick in y.ticks],
-        others=placed(labels, lines=lines, width=width),
+        others=placed([*labels, *ends], lines=lines, width=width),
     )
     above, below = tag("p", f"↑ {y.title}", class_="unit up"), tag("p", f"{x.title} →", class_="unit")
     body = tag("div", above, picture, below, class_=f"points {kind}".strip())
