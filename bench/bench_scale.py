@@ -23,6 +23,7 @@ QUICK_WORKERS, QUICK_STAGES = (2, 1), (2, 3)
 MODEL = {"cpu": "llama-34m", "cuda": "llama-130m"}
 BATCH = {"cpu": (2, 128), "cuda": (8, 2048)}
 """Sequences and tokens of each, per worker."""
+NUM_THREADS = {"cpu": 1, "cuda": 4}
 NUM_ROUNDS, NUM_APART = 7, 3
 QUICK_ROUNDS, QUICK_APART = 5, 2
 START_S = 25.0
@@ -65,7 +66,7 @@ def layer_items(device: str) -> list[Item]:
     num_sequences, length = LAYER_BATCH
     found = []
     for adapter in ("full", "lora"):
-        job = Job(LAYER_MODEL, adapter, 0, 1, num_sequences, length, device)
+        job = Job(LAYER_MODEL, adapter, 0, 1, num_sequences, length, device, NUM_THREADS[device])
         key = f"4 layers of Llama-3 8B, {adapter}"
         found.append(Item(key, (key,), {"kind": "compute", "job": job.to_dict()}, cost_s=40.0))
     return found
@@ -83,7 +84,7 @@ def worker_items(device: str, choice: Choice) -> list[Item]:
     found = []
     for number, (adapter, stage, n) in enumerate(layouts):
         num_sequences, length = BATCH[device]
-        job = Job(MODEL[device], adapter, stage, n, num_sequences, length, device)
+        job = Job(MODEL[device], adapter, stage, n, num_sequences, length, device, NUM_THREADS[device])
         key = key_of(job)
         cost_s = (START_S if number == 0 else 0.0) + (6.0 + 4.0 * n if device == "cpu" else GPU_LAYOUT_S)
         found.append(Item(key, (key,), {"kind": "workers", "job": job.to_dict()}, cost_s=cost_s))
@@ -227,10 +228,10 @@ def figures(row: Row) -> list[Figure]:
     found += [
         Figure(f"{key} · efficiency", "ratio", row["efficiency"], samples, "higher"),
         Figure(f"{key} · checkpoint", "time", row["checkpoint_s"], (row["checkpoint_s"],), "lower"),
-        Figure(f"{key} · bytes in collectives", "count", row["called_bytes"], (), "lower"),
     ]
     if row["num_workers"] > 1:
         communication_s = row["split"]["communication_s"]
+        found.append(Figure(f"{key} · bytes in collectives", "count", row["called_bytes"], (), "lower"))
         found.append(Figure(f"{key} · communication", "time", communication_s, row["communication_samples"], "lower"))
         if row["wire_bytes"] is not None:
             found.append(Figure(f"{key} · bytes on the wire", "bytes", row["wire_bytes"], row["wire_samples"], "lower"))

@@ -6,8 +6,9 @@ Before that both train on one batch, the worker alone by accumulation: a layout 
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -31,14 +32,15 @@ NUM_REDUCES = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """What the ranks answered. `together` and `apart` hold a list with the answer of every rank for each step."""
+    """What the ranks answered; `alone`, `together` and `apart` hold the answers of all ranks for each step."""
 
     built: Mapping[str, Any]
     check_losses: Sequence[float]
     alone_losses: Sequence[float]
-    alone: Sequence[Mapping[str, float]]
+    alone: Sequence[Sequence[Mapping[str, float]]]
     together: Sequence[Sequence[Mapping[str, float]]]
     apart: Sequence[Sequence[Mapping[str, Any]]]
+    others_cores: Sequence[float]
     idle_bytes_per_s: float
     small_s: Sequence[float]
     large_s: Sequence[float]
@@ -55,15 +57,16 @@ def measure(job: Job, cluster: Cluster, *, num_rounds: int, num_apart: int) -> M
     built = cluster.call_each("build", [(fields, folder, rows, rank, port) for rank in range(n)])
     check_losses = cluster.call("check", NUM_CHECK_STEPS, num_ranks=n)[0]
     idle = idle_bytes_per_s()
-    alone: list[dict[str, float]] = []
+    alone: list[list[dict[str, float]]] = []
     together: list[list[dict[str, float]]] = []
+    others: list[float] = []
     for number in range(num_rounds):
         turns = [
-            lambda step=number: alone.append(cluster.call("step_solo", step, num_ranks=1)[0]),
-            lambda step=number: together.append(cluster.call("step", step, num_ranks=n)),
+            partial(take, alone, cluster, "step_solo", number, 1),
+            partial(take, together, cluster, "step", number, n),
         ]
         for turn in turns if number % 2 == 0 else reversed(turns):
-            turn()
+            others.append(others_cores(turn))
     apart = [cluster.call("take_apart", number, num_ranks=n) for number in range(num_apart)]
     small_s, large_s = (
         [max(times) for times in zip(*cluster.call("all_reduce", size, NUM_REDUCES, num_ranks=n), strict=True)]
@@ -80,11 +83,27 @@ def measure(job: Job, cluster: Cluster, *, num_rounds: int, num_apart: int) -> M
         alone=alone,
         together=together,
         apart=apart,
+        others_cores=others,
         idle_bytes_per_s=idle,
         small_s=small_s,
         large_s=large_s,
         checkpoint_s=checkpoint_s,
     )
+
+
+def take(answers: list[list[dict[str, float]]], cluster: Cluster, method: str, number: int, n: int) -> float:
+    """One step of n ranks; its answers are added. Returns the seconds that the ranks worked."""
+    answers.append(cluster.call(method, number, num_ranks=n))
+    return sum(answer["cpu_s"] for answer in answers[-1])
+
+
+def others_cores(turn: Callable[[], float]) -> float:
+    """Cores that processes other than the ranks used during a turn, which returns what the ranks did."""
+    from .turns import others_s
+
+    start_s, start_others_s = time.perf_counter(), others_s()
+    own_s = turn()
+    return max(0.0, others_s() - start_others_s - own_s) / (time.perf_counter() - start_s)
 
 
 def build_alone(job: Job, cluster: Cluster, folder: str, rows: str) -> list[float]:
@@ -112,7 +131,7 @@ def row_of(job: Job, found: Measured) -> Row:
     """All fields of the row but its key; void where the losses are not those of one worker."""
     reason = difference(found.check_losses, found.alone_losses)
     times = [max(rank["time_s"] for rank in ranks) for ranks in found.together]
-    alone = [step["time_s"] for step in found.alone]
+    alone = [rank["time_s"] for (rank,) in found.alone]
     efficiency = paired_ratios(alone, times)
     time_s = quantiles(times)
     return {
@@ -129,6 +148,7 @@ def row_of(job: Job, found: Measured) -> Row:
         "tokens_per_s": job.tokens / time_s["median"],
         "efficiency": efficiency["median"],
         "efficiency_samples": efficiency["samples"],
+        "others_cores": median(found.others_cores),
         "checkpoint_s": found.checkpoint_s,
         **split_fields(found.apart),
         **traffic_fields(job, found),

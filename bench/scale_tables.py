@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from ..harness.markup import size
 from .benchmark import NOT_MEASURED, Result, Row, Table
 
+BUSY = 0.25
+"""Cores that others, Ray's own processes among them, may use before the table says so."""
 WORKERS_HEAD = (
     *("layout", "ms/step", "quartiles", "compute", "communication", "model", "input", "waiting"),
     *("efficiency", "at most", "tokens/s", "checkpoint"),
@@ -73,6 +75,9 @@ def workers_table(rows: Sequence[Row], result: Result) -> Table:
                 f"{row['checkpoint_s']:.1f} s",
             )
         )
+    busy = max((row["others_cores"] for row in rows if row["state"] == "ok"), default=0.0)
+    if busy > BUSY:
+        notes.append(f"other processes used up to {busy:.2f} cores meanwhile: the times are too long")
     return Table("Workers on this machine", WORKERS_HEAD, cells, [*notes, *workers_notes(rows, result)])
 
 

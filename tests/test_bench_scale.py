@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from burnish.bench import bench_scale, collectives, scale_run, scaling
+from burnish.bench import bench_scale, collectives, scale_run, scaling, turns
 from burnish.bench.bench_scale import BENCHMARK, QUICK_ROUNDS, key_of
 from burnish.bench.benchmark import Choice, Item, Setting, completed
 from burnish.bench.collectives import Call, Recorder, loopback_bytes, waited_s
@@ -152,9 +152,10 @@ def measured(**changes):
         "built": {"engine": "deepspeed", "num_trained": 100, "num_total": 100},
         "check_losses": [5.0, 4.9, 4.8],
         "alone_losses": [5.0, 4.9, 4.8],
-        "alone": [{"time_s": 0.2}, {"time_s": 0.3}, {"time_s": 0.2}],
+        "alone": [[{"time_s": 0.2}], [{"time_s": 0.3}], [{"time_s": 0.2}]],
         "together": [[{"time_s": 0.4}, {"time_s": 0.3}]] * 3,
         "apart": [apart, apart],
+        "others_cores": [0.0, 1.0, 0.5],
         "idle_bytes_per_s": 200.0,
         "small_s": [0.001] * 3,
         "large_s": [0.033554432 + 0.001] * 3,
@@ -181,6 +182,13 @@ def test_a_row_by_hand():
     assert row["link"] == pytest.approx({"bytes_per_s": 1e9, "latency_s": 0.0005})
     assert row["model_communication_s"] == pytest.approx(2 * 0.0005, rel=0.01)
     assert row["model_calls_s"] == pytest.approx(2 * 0.0005, rel=0.01)
+
+
+def test_what_the_ranks_worked_is_not_counted_as_others(monkeypatch):
+    busy = iter([10.0, 10.9])
+    monkeypatch.setattr(turns, "others_s", lambda: next(busy))
+    found = scale_run.others_cores(lambda: time.sleep(0.1) or 0.8)
+    assert 0.1 < found <= 1.0
 
 
 def test_gloo_runs_a_reduce_scatter_as_an_all_reduce():
@@ -302,6 +310,7 @@ def test_tables_and_figures_of_a_result():
     for table in (workers, wire, model):
         assert {len(table.head)} == {len(row) for row in table.rows}
     assert workers.rows[0][8] == "50%"
+    assert any("0.50 cores" in note for note in workers.notes)
     assert workers.rows[1][1:3] == ("void", "")
     assert any("first loss" in note for note in workers.notes)
     assert [row[0] for row in wire.rows] == ["2 workers, ZeRO-2, full"]
