@@ -4,7 +4,7 @@ The page runs no script and loads nothing. Every number in it is a row's; what h
 """
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "
 PEERS = {"peft": "PEFT as installed", "sft": "TRL's SFTTrainer"}
 """Modes of the step benchmark that the headlines compare with."""
 MAX_MISSING = 200
+MAX_REASONS = 3
 
 
 def write(results: Sequence[Result], path: str | Path) -> None:
@@ -57,7 +58,7 @@ def machine(name: str, results: Sequence[Result], *, is_only: bool) -> Markup:
     links = [tag("a", title_of(one), href=f"#{anchor(one, name)}") for one in ordered]
     found = headlines(ordered)
     tiles = tag("div", *found, class_="tiles", style=f"--columns: {len(found) if len(found) < 5 else 3}")
-    shown = [facts(ordered[0]), doubts(ordered), tiles if found else None, tag("nav", *links) if parts else None]
+    shown = [facts(ordered), doubts(ordered), tiles if found else None, tag("nav", *links) if parts else None]
     return tag("div", title, *shown, *parts, reproduce(ordered), class_="machine")
 
 
@@ -69,22 +70,31 @@ def title_of(result: Result) -> str:
     return TITLES.get(result["benchmark"]) or str(result["benchmark"])
 
 
-def facts(result: Result) -> Markup:
-    """The machine, the date, the commit and the versions, in two lines."""
-    found = result.get("environment") or {}
+def facts(results: Sequence[Result]) -> Markup:
+    """The machine, the dates, the commits, the versions and the commands; those of the newest result where one fits."""
+    newest = max(results, key=lambda result: str(result.get("time")))
+    found = newest.get("environment") or {}
     features = [feature.replace("_", " ") for feature in found.get("cpu_features") or []][:1]
     parts: list[Any] = [found.get("gpu"), f"{found.get('num_cpus')} × {found.get('cpu')}", *features]
     parts += [size(value_at(found, "memory_bytes"))] if value_at(found, "memory_bytes") else []
     libraries = found.get("libraries") or {}
     versions = [f"{name} {libraries[name]}" for name in LIBRARIES if name in libraries]
-    commit = str(found.get("git_commit") or "")
-    commit = commit[:10] + ("+changes" if commit.endswith("+changes") else "")
-    when = str(result.get("time") or "").replace("T", " ").replace("Z", " UTC")
-    origin: list[Any] = [when, f"burnish {libraries.get('burnish', '')}".strip(), f"commit {commit}" if commit else ""]
-    lines = [parts, [*origin, *versions]]
-    written = [" · ".join(str(part) for part in line if part) for line in lines]
-    command = tag("p", tag("code", shlex.join(map(str, result.get("command") or []))))
-    return tag("div", tag("p", tag("b", written[0])), tag("p", written[1], class_="soft"), command, class_="facts")
+    days = sorted({str(result.get("time") or "")[:10] for result in results} - {""})
+    commits = distinct(str((result.get("environment") or {}).get("git_commit") or "") for result in results)
+    origin: list[Any] = [" – ".join(dict.fromkeys([*days[:1], *days[-1:]]))]
+    origin += [f"burnish {libraries.get('burnish', '')}".strip()]
+    origin += [f"commit {', '.join(commit[:10] + commit[40:] for commit in commits)}"] if commits else []
+    written = [" · ".join(str(part) for part in line if part) for line in (parts, [*origin, *versions])]
+    commands = [tag("p", tag("code", command)) for command in distinct(map(command_of, results))]
+    return tag("div", tag("p", tag("b", written[0])), tag("p", written[1], class_="soft"), *commands, class_="facts")
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def command_of(result: Result) -> str:
+    return shlex.join(map(str, result.get("command") or []))
 
 
 def doubts(results: Sequence[Result]) -> Markup:
@@ -128,7 +138,7 @@ def step_headlines(rows: Sequence[Row]) -> Iterator[Markup]:
             values = [row["faster"]["median"] for row in found]
             only = f"quartiles {times_span(span_of(found[0]['faster']))}, {found[0].get('case')}"
             note = only if len(found) == 1 else f"medians of {len(found)} configurations"
-            yield tile(f"Faster than {name}", ranged(values, times), note)
+            yield tile(f"Speed-up over {name}", ranged(values, times), note)
     shares = []
     for some in grouped(measured, "case").values():
         peaks = {row.get("mode"): value_at(row, "peak_bytes") for row in some}
@@ -223,6 +233,8 @@ def missing(rows: Sequence[Row]) -> Markup:
         if row["state"] == NOT_MEASURED:
             reasons.setdefault(str(row.get("reason") or NOT_MEASURED), []).append(row["key"])
     found = [tag("p", "Without figures, because wrong or failed:"), tag("ul", *wrong)] if wrong else []
+    if len(reasons) > MAX_REASONS:
+        reasons = {"several reasons": [f"{key}: {reason}" for reason, keys in reasons.items() for key in keys]}
     for reason, keys in reasons.items():
         more = [tag("li", f"and {len(keys) - MAX_MISSING} more")] if len(keys) > MAX_MISSING else []
         listed = tag("ul", *(tag("li", key) for key in keys[:MAX_MISSING]), *more)
@@ -238,15 +250,15 @@ def as_html(one: Table) -> Markup:
 
 def reproduce(results: Sequence[Result]) -> Markup:
     """The commands that made these results, and how to compare one's own with them."""
-    lines = []
+    made: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        found: dict[str, Any] = result.get("environment") or {}
-        commit = str(found.get("git_commit") or "").removesuffix("+changes")
-        took = f"  # {result['benchmark']}, took {duration(value_at(result, 'time_s'))}"
-        command = shlex.join(map(str, result.get("command") or []))
-        lines += [f"git checkout {commit}"] if commit else []
-        lines += [command + took] if command else []
-    lines = list(dict.fromkeys(lines))
-    name = results[0].get("hardware")
+        commit = str((result.get("environment") or {}).get("git_commit") or "").removesuffix("+changes")
+        made.setdefault((commit, command_of(result)), []).append(result)
+    lines = []
+    for (commit, command), some in made.items():
+        took = duration(sum(value_at(result, "time_s") or 0.0 for result in some) or None)
+        lines += [f"git checkout {commit}"] if commit and f"git checkout {commit}" not in lines else []
+        lines += [f"{command}   # {', '.join(str(result['benchmark']) for result in some)}: {took}"] if command else []
+    name = shlex.quote(str(results[0].get("hardware")))
     lines += [f"burnish bench compare bench/results/{name} runs/bench   # yours against these"]
     return section("How to reproduce", tag("div", tag("pre", "\n".join(lines)), class_="block"))

@@ -11,6 +11,7 @@ from .plots import Axis, Bar, Curve, Group, Spot, Width, around_one, bars, linea
 MAX_GROUPS = 4
 """Cases of one operation drawn at once; the others unfold."""
 MAX_SHARES = 30
+"""Cases in view; of more, the first of the catalogue, so that what is in view does not depend on the results."""
 
 
 def kernels(result: Result) -> Markup:
@@ -94,7 +95,8 @@ def shares(rows: Sequence[Row]) -> Markup:
             floor, ours = value_at(row, "floor_s"), value_at(row.get("contenders"), "burnish", "time_s", "median")
             note = f"{seconds(floor)} of {seconds(ours)}" if floor is not None and ours is not None else ""
             found.append(Bar(label_of(row), 100 * share, f"{share:.0%}", note=note))
-    found.sort(key=lambda bar: -(bar.value or 0.0))
+    if len(found) <= MAX_SHARES:
+        found.sort(key=lambda bar: -(bar.value or 0.0))
     axis = linear("share of what the machine was measured to reach, %", [100.0, *(b.value or 0 for b in found)], number)
     lead = (
         "The least time that the bytes and operations of each need on this machine, over the time that burnish takes."

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..harness.markup import Markup, number, size
+from ..harness.markup import Markup, join, number, size, tag
 from .benchmark import Result, Row
 from .page_rows import grouped, is_ok, metric, seconds, span_of, spelled, value_at, why
 from .plots import Bar, Curve, bars, linear, listed, logarithmic, points, roomier
@@ -19,9 +19,14 @@ STAGES = {0: "grey", 1: "violet", 2: "blue", 3: "copper"}
 def scale(result: Result) -> Markup:
     """Where the time of a step goes, what goes over the wire, and what the model of larger machines says."""
     rows = [row for row in result["rows"] if row.get("kind") == "workers"]
+    rows.sort(key=lambda row: value_at(row, "num_workers") or 0.0)
     simulated = [row for row in result["rows"] if row.get("kind") == "simulation" and is_ok(row)]
-    modelled = [simulation(str(model), some) for (model,), some in grouped(simulated, "model").items()]
-    return listed(splits(rows), wire(rows), *modelled)
+    modelled = listed(*(simulation(str(model), some) for (model,), some in grouped(simulated, "model").items()))
+    measured = listed(splits(rows), wire(rows))
+    if not modelled:
+        return measured
+    title = tag("h3", "Larger machines: a model, not a measurement")
+    return join(measured, title, tag("p", stated(simulated[0]), class_="soft"), modelled)
 
 
 def splits(rows: Sequence[Row]) -> Markup:
@@ -61,9 +66,7 @@ def wire(rows: Sequence[Row]) -> Markup:
             groups.setdefault(layout(row), []).append(bar)
     values = [x for found in groups.values() for bar in found for x in (bar.value, bar.mark) if x is not None]
     axis = linear("MiB a step and worker", values, number)
-    return bars(
-        "Bytes on the wire", list(groups.items()), axis, lead="Bar: counted. Stroke: ZeRO's formula.", width="half"
-    )
+    return bars("Bytes on the wire", list(groups.items()), axis, lead="Bar: counted. Stroke: ZeRO's formula.")
 
 
 def layout(row: Row) -> str:
@@ -95,20 +98,17 @@ def simulation(model: str, rows: Sequence[Row]) -> Markup:
     x = roomier(logarithmic("GPUs", xs, number, base=2), 0.15)
     y = linear("efficiency, %", [100.0], number)
     keys = [(curve.name, curve.colour) for curve in curves]
-    lead = stated(rows[0]) + (f" Where a curve is missing, it does not fit: {', '.join(unfit)}." if unfit else "")
+    speed = value_at(rows[0], "flops_per_s")
+    source = "measured" if rows[0].get("is_speed_measured") else "assumed"
+    lead = f"Model: each GPU computes at {metric(speed)}FLOP/s ({source})." if speed is not None else "Model."
+    lead += f" Where a curve is missing, it does not fit: {', '.join(unfit)}." if unfit else ""
     return points(
         f"Efficiency of {model}: model", x, y, curves=curves, keys=keys, lead=lead, width="half", kind="model"
     )
 
 
 def stated(row: Row) -> str:
-    """What the model is made of."""
-    speed, overlap = value_at(row, "flops_per_s"), value_at(row, "overlap")
-    parts = [f"A model, not a measurement, of {spelled(row.get('hardware'))}"]
-    if speed is not None:
-        parts.append(
-            f"computing at {metric(speed)}FLOP/s ({'measured' if row.get('is_speed_measured') else 'assumed'})"
-        )
-    if overlap is not None:
-        parts.append(f"{overlap:.0%} of the communication hidden (the table has the bounds)")
-    return "; ".join(parts) + "."
+    """The machine that the model is of."""
+    overlap = value_at(row, "overlap")
+    hidden = f" {overlap:.0%} of the communication hides behind computing; the table has the bounds." if overlap else ""
+    return f"Stated speeds: {spelled(row.get('hardware'))}.{hidden}"

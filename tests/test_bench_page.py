@@ -115,8 +115,8 @@ def test_the_headlines_are_computed_from_the_rows():
     html = page.page(bench_rows.all_results())
     found = dict(re.findall(r'<div class="tile"><small>(.*?)</small><b>(.*?)</b>', html))
     assert found == {
-        "Faster than PEFT as installed": "3.66×",
-        "Faster than TRL&#x27;s SFTTrainer": "7.80×",
+        "Speed-up over PEFT as installed": "3.66×",
+        "Speed-up over TRL&#x27;s SFTTrainer": "7.80×",
         "Memory, of PEFT&#x27;s": "38%",
         "Fastest operations": "15 of 15",
         "Longer sequences": "4.00×",
@@ -138,6 +138,21 @@ def test_a_void_row_is_named_with_its_reason_and_has_no_bar():
     assert "dora_norm" not in figure(html, "Share of the machine&#x27;s peak")
     assert "1 not measured: needs a GPU" in html
     assert "Liger-Kernel (needs a GPU)" in html
+
+
+def test_what_was_not_measured_here_says_so():
+    html = page.page(bench_rows.all_results())
+    assert "a model, not a measurement" in html
+    assert html.count("Model: each GPU computes at 400 TFLOP/s (assumed).") == 2
+    assert "Where a curve is missing, it does not fit: ZeRO 0." in html
+    peaks = figure(html, "Peak memory over the length of a sequence")
+    assert "Unsloth, published: 3,000 tokens in 3 GiB; published: a made-up page" in text_of(peaks)
+    assert "Unsloth, published" in figure(html, "Longest sequence that fits")
+    assert "dashed: what burnish plan predicts" in peaks
+    rows = [bench_rows.row(f"row {n}", "not measured", f"reason {n}") for n in range(5)]
+    many = page.page([bench_rows.result("kernels", rows)])
+    assert "5 not measured: several reasons" in many
+    assert "row 4: reason 4" in many
 
 
 @pytest.mark.parametrize("state", ["void", "failed", "not measured"])
