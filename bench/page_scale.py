@@ -19,7 +19,7 @@ STAGES = {0: "grey", 1: "violet", 2: "blue", 3: "copper"}
 def scale(result: Result) -> Markup:
     """Where the time of a step goes, what goes over the wire, and what the model of larger machines says."""
     rows = [row for row in result["rows"] if row.get("kind") == "workers"]
-    rows.sort(key=lambda row: value_at(row, "num_workers") or 0.0)
+    rows.sort(key=lambda row: (str(row.get("adapter")), layout(row), value_at(row, "num_workers") or 0.0))
     simulated = [row for row in result["rows"] if row.get("kind") == "simulation" and is_ok(row)]
     modelled = listed(*(simulation(str(model), some) for (model,), some in grouped(simulated, "model").items()))
     measured = listed(splits(rows), wire(rows))
@@ -59,7 +59,7 @@ def wire(rows: Sequence[Row]) -> Markup:
     groups: dict[str, list[Bar]] = {}
     for row in rows:
         sent, said = value_at(row, "wire_bytes"), value_at(row, "formula_bytes")
-        if is_ok(row) and sent is not None and (sent or said):
+        if is_ok(row) and sent is not None and row.get("num_workers") != 1:
             note = f"formula {size(said)}" if said is not None else ""
             mark = None if said is None else said / 2**20
             bar = Bar(workers(row), sent / 2**20, size(sent), "blue", note=note, mark=mark)

@@ -16,7 +16,8 @@ h3 + .soft { margin-top: -6px; }
 .tile b { font-size: 26px; color: var(--copper); } .tile span { display: block; line-height: 1.4; }
 .facts p { margin-bottom: 6px; } .facts { margin-bottom: 18px; }
 code { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere;
-  background: var(--code); border-radius: 6px; padding: 2px 8px; }
+  background: var(--code); border-radius: 6px; padding: 2px 8px; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone; }
 nav { display: flex; flex-wrap: wrap; gap: 6px 20px; margin: 16px 0 -20px; font-size: 14px; }
 nav a { text-decoration: none; border-bottom: 1px solid currentColor; }
 .charts + *, h3 + .charts { margin-top: 12px; } .charts + h3 { margin-top: 30px; }
