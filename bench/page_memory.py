@@ -64,7 +64,7 @@ def peaks(rows: Sequence[Row], kind: str) -> Markup:
     keys = [(one.name, f"{one.colour} {one.form}") for one in curves if one.style == "marked"]
     keys += [("dashed: what burnish plan predicts", "ink")] if any(one.style == "dashed" for one in curves) else []
     keys += [("published by others", "grey open")] if spots else []
-    x, y = roomier(x, 0.15), roomier(y, 0.08)
+    x, y = roomier(x, 0.26), roomier(y, 0.08)
     return points(title, x, y, curves=curves, spots=spots, levels=levels, keys=keys)
 
 
