@@ -8,6 +8,7 @@ where burnish's are wrong the row is void, where a contender's are the contender
 import functools
 import gc
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import SkipTest
@@ -78,22 +79,20 @@ def measure(item: Item, setting: Setting) -> Iterator[Row]:
         "key": item.key, "state": "ok", "reason": None, "op": op.name, "case": brief(case),
         "label": item.key, "dtype": str(dtype)[6:],
     }  # fmt: skip
-    start_s, start_others_s = time.perf_counter(), others_s()
     try:
         row |= _measured(op, case, dtype, item, setting)
     except FAILURES as error:
         row |= {"state": "failed", "reason": _text(error)}
     finally:
         _free(setting.device)
-    others_cores = (others_s() - start_others_s) / (time.perf_counter() - start_s)
-    yield row | {"others_cores": max(0.0, others_cores)}
+    yield row
 
 
 def _measured(op: Op, case: Case, dtype: torch.dtype, item: Item, setting: Setting) -> dict[str, Any]:
     device = setting.device
     problem = problem_of(op, case, dtype, device)
     reason = mistake(op, case, dtype, device, problem.inputs)
-    found = {"backend": next((backend_of(tensor) for tensor in tensors_of(problem.inputs)), "torch")}
+    found: dict[str, Any] = {"backend": next((backend_of(x) for x in tensors_of(problem.inputs)), "torch")}
     contenders = contenders_of(op, is_compiled=item.what["is_compiled"])
     if reason is not None:
         entries = {c.name: _entry(c, "not measured", "burnish's results are wrong") for c in contenders}
@@ -105,12 +104,15 @@ def _measured(op: Op, case: Case, dtype: torch.dtype, item: Item, setting: Setti
         reason = f"{entry['label']}: {entry['reason']}"
         return found | {"state": entry["state"], "reason": reason, "contenders": entries}
     limit_s = QUICK_ROUNDS_S if setting.is_quick else ROUNDS_S[device]
+    start_s, start_others_s = time.perf_counter(), others_s()
     rounds = stopwatch_of(device).in_turn(
         runs, num_rounds=setting.num_rounds or NUM_ROUNDS, limit_s=float("inf") if setting.num_rounds else limit_s
     )
-    for name, copies in runs.items():
+    found["others_cores"] = max(0.0, (others_s() - start_others_s) / (time.perf_counter() - start_s))
+    counts = counted({name: copies[0] for name, copies in runs.items()})
+    for name in runs:
         samples = [turn[name] for turn in rounds]
-        entries[name] |= {"samples": samples, "time_s": quantiles(samples), **_counted(name, copies[0])}
+        entries[name] |= {"samples": samples, "time_s": quantiles(samples), **counts[name]}
     peaks = peaks_of(device, setting.num_threads)
     peak = peaks[str(dtype)[6:]] if str(dtype)[6:] in peaks else peaks["float32"]
     return found | {"contenders": entries} | ratios(entries, contenders) | roofline(op, case, peak, entries[BURNISH])
@@ -149,11 +151,14 @@ def ready(
 def warm_up(runs: Sequence[Run]) -> None:
     """Calls each once, and more often where that takes no time."""
     start_s = time.perf_counter()
-    for number in range(NUM_WARMUP):
-        for run in runs:
-            run()
-        if number == 0 and time.perf_counter() - start_s > WARMUP_S:
-            break
+    with warnings.catch_warnings():
+        # Of compilers and other libraries, about their own code.
+        warnings.simplefilter("ignore")
+        for number in range(NUM_WARMUP):
+            for run in runs:
+                run()
+            if number == 0 and time.perf_counter() - start_s > WARMUP_S:
+                break
 
 
 def _entry(contender: Contender, state: str, reason: str | None) -> dict[str, Any]:
@@ -161,12 +166,16 @@ def _entry(contender: Contender, state: str, reason: str | None) -> dict[str, An
     return {"label": contender.label, "state": state, "reason": reason, "samples": [], "time_s": None, **counts}
 
 
-def _counted(name: str, run: Run) -> dict[str, int | None]:
-    """None where a count is not of the same things: what is compiled runs past the dispatcher that is observed."""
-    if name != COMPILED:
-        return dict(all_counts(run))
-    counts: dict[str, int | None] = dict.fromkeys(COUNTS)
-    return counts | ({"peak_bytes": peak_bytes(run), "num_launches": num_launches(run)} if is_on_gpu(run) else {})
+def counted(runs: Mapping[str, Run]) -> dict[str, dict[str, int | None]]:
+    """Of every run. What is compiled runs past the dispatcher that is observed on a CPU, and past hooks anywhere."""
+    plain_runs = {name: run for name, run in runs.items() if name != COMPILED}
+    found: dict[str, dict[str, int | None]] = {name: dict.fromkeys(COUNTS) for name in runs}
+    for name, counts in zip(plain_runs, all_counts(list(plain_runs.values())), strict=True):
+        found[name] |= counts
+    if COMPILED in runs and is_on_gpu(runs[COMPILED]):
+        run = runs[COMPILED]
+        found[COMPILED] |= {"peak_bytes": peak_bytes(run), "num_launches": num_launches(run)}
+    return found
 
 
 def ratios(entries: Mapping[str, dict[str, Any]], contenders: Sequence[Contender]) -> dict[str, Any]:
@@ -252,5 +261,5 @@ def test_contender(benchmark: Any, item: Item, contender: Contender) -> None:
     peaks = peaks_of(device, torch.get_num_threads())
     time_s = {"median": benchmark.stats.stats.median}
     peak = peaks[str(dtype)[6:]] if str(dtype)[6:] in peaks else peaks["float32"]
-    figures = roofline(op, case, peak, {"time_s": time_s}) | _counted(contender.name, run)
+    figures = roofline(op, case, peak, {"time_s": time_s}) | counted({contender.name: run})[contender.name]
     benchmark.extra_info.update(figures | {"label": contender.label, "dtype": str(dtype)[6:], "device": device})

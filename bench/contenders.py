@@ -218,7 +218,7 @@ def fault(contender: Contender, small: Problem) -> str | None:
     if not contender.is_whole or contender.name == COMPILED or contender.reason(small) is not None:
         return None
     found = contender.make(small).results()
-    return difference(found, small.op, small.inputs, small.dtype, allowed_error=contender.allowed_error)
+    return difference(found, small.expected, small.dtype, allowed_error=contender.allowed_error)
 
 
 def small_problem(op: Op, case: Case, dtype: torch.dtype, device: str) -> Problem:

@@ -6,7 +6,8 @@ among them. On a GPU the allocator and the profiler count.
 """
 
 import gc
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from threading import Thread
@@ -20,6 +21,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..kernels import native
 from .op_runs import Run, tensors_of
 
+SPIN = "spin_kernel"
+"""What torch.cuda._sleep runs on a GPU."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
 """Operations of ATen that make memory and write nothing to it."""
 
@@ -42,13 +45,17 @@ def saved_bytes(run: Run) -> int:
     return total
 
 
-def all_counts(run: Run) -> dict[str, int]:
-    """peak_bytes, saved_bytes and num_launches."""
-    saved = saved_bytes(run)
-    if is_on_gpu(run):
-        return {"peak_bytes": peak_bytes(run), "saved_bytes": saved, "num_launches": num_launches(run)}
-    observed = _observed(run)
-    return {"peak_bytes": observed.peak_bytes, "saved_bytes": saved, "num_launches": observed.num_launches}
+def all_counts(runs: Sequence[Run]) -> list[dict[str, int]]:
+    """peak_bytes, saved_bytes and num_launches of every run; on a GPU in one session of the profiler."""
+    saved = [saved_bytes(run) for run in runs]
+    if any(map(is_on_gpu, runs)):
+        pairs = list(zip(map(peak_bytes, runs), _gpu_launches(runs), strict=True))
+    else:
+        pairs = [(seen.peak_bytes, seen.num_launches) for seen in map(_observed, runs)]
+    return [
+        {"peak_bytes": peak, "saved_bytes": kept, "num_launches": launches}
+        for kept, (peak, launches) in zip(saved, pairs, strict=True)
+    ]
 
 
 def peak_bytes(run: Run) -> int:
@@ -67,10 +74,27 @@ def num_launches(run: Run) -> int:
     """Kernels, copies and fills that one call starts on the GPU; operations and C++ calls that compute on a CPU."""
     if not is_on_gpu(run):
         return _observed(run).num_launches
+    return _gpu_launches([run])[0]
+
+
+def _gpu_launches(runs: Sequence[Run]) -> list[int]:
+    """Counted in one session of the profiler, which takes long to start; a kernel that spins begins each run."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        run()
+        for run in runs:
+            torch.cuda._sleep(1)
+            run()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu.sort(key=lambda event: event.time_range.start)
+    return launches_after_spins([event.name for event in on_gpu], len(runs))
+
+
+def launches_after_spins(names: Sequence[str], num_runs: int) -> list[int]:
+    """How many follow each SPIN, by the names of kernels in their order. Raises RuntimeError for too few of them."""
+    starts = [i for i, name in enumerate(names) if SPIN in name]
+    if len(starts) != num_runs:
+        raise RuntimeError(f"the profiler saw {len(starts)} of {num_runs} runs on the GPU")
+    return [stop - start - 1 for start, stop in itertools.pairwise([*starts, len(names)])]
 
 
 def is_on_gpu(run: Run) -> bool:

@@ -54,15 +54,25 @@ class Run:
 
     def _computed(self) -> tuple[Any, list[Tensor]]:
         value = self.function(**self.arguments)
-        leaves = [leaf for leaf in tensors_of(self.arguments) if leaf.requires_grad]
-        if not leaves or not self.cotangents:
-            return value, []
-        pairs = [(out, dy) for out, dy in zip(floats(value), self.cotangents, strict=True) if out.requires_grad]
-        if not pairs:
-            return value, []
-        roots, cotangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(roots, leaves, cotangents, allow_unused=True)
-        return value, [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+        return value, _gradients(value, self.arguments, self.cotangents)
+
+
+def once(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
+    """The results of one call, as those of Run.prepare."""
+    value = function(**arguments)
+    return [*floats(value), *_gradients(value, arguments, draw_like(floats(value)))]
+
+
+def _gradients(value: Any, arguments: dict[str, Any], cotangents: list[Tensor]) -> list[Tensor]:
+    leaves = [leaf for leaf in tensors_of(arguments) if leaf.requires_grad]
+    if not leaves or not cotangents:
+        return []
+    pairs = [(out, dy) for out, dy in zip(floats(value), cotangents, strict=True) if out.requires_grad]
+    if not pairs:
+        return []
+    roots, directions = zip(*pairs, strict=True)
+    found = torch.autograd.grad(roots, leaves, directions, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
 def draw_like(outputs: list[Tensor]) -> list[Tensor]:
@@ -152,6 +162,18 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm()) / (size or 1.0)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the reference computes: in the dtype of its inputs, and in fp64."""
+
+    own: list[Tensor]
+    truth: list[Tensor]
+
+
+def expected_of(op: Op, inputs: dict[str, Any]) -> Expected:
+    return Expected(once(op.reference, fresh(inputs)), once(op.reference, in_dtype(inputs, torch.float64)))
+
+
 def mistake(op: Op, case: Case, dtype: torch.dtype, device: str, inputs: dict[str, Any] | None = None) -> str | None:
     """What is wrong with the operation's results on this case, in a sentence; None if nothing is.
 
@@ -159,28 +181,26 @@ def mistake(op: Op, case: Case, dtype: torch.dtype, device: str, inputs: dict[st
     the reference bit for bit.
     """
     inputs = inputs_of(op, case, dtype, device) if inputs is None else inputs
-    found = Run.prepare(op.function, fresh(inputs) | dict(op.options))()
+    found = once(op.function, fresh(inputs) | dict(op.options))
     if not op.is_exact:
-        return difference(found, op, inputs, dtype)
-    own = Run.prepare(op.reference, fresh(inputs))()
+        return difference(found, expected_of(op, inputs), dtype)
+    own = once(op.reference, fresh(inputs))
     equal = len(found) == len(own) and all(torch.equal(value, other) for value, other in zip(found, own, strict=True))
     return None if equal else "not bit for bit the reference"
 
 
 def difference(
-    found: list[Tensor], op: Op, inputs: dict[str, Any], dtype: torch.dtype, *, allowed_error: float | None = None
+    found: list[Tensor], expected: Expected, dtype: torch.dtype, *, allowed_error: float | None = None
 ) -> str | None:
-    """Where results differ from the reference in fp64 by more than twice its own error in `dtype`, or `allowed_error`.
+    """Where results differ from the truth by more than twice the reference's own error in `dtype`, or `allowed_error`.
 
-    Fewer results than the reference's are compared with its first ones.
+    With `allowed_error` there may be fewer results; they are compared with the reference's first ones.
     """
-    own = Run.prepare(op.reference, fresh(inputs))()
-    if not found or (allowed_error is None and len(found) != len(own)):
-        return f"{len(found)} results instead of {len(own)}"
-    truth = Run.prepare(op.reference, in_dtype(inputs, torch.float64))()
-    for i, (value, other, expected) in enumerate(zip(found, own, truth, strict=False)):
-        error = relative_error(value.detach(), expected.detach())
-        allowed = allowed_error or 2 * max(relative_error(other.detach(), expected.detach()), ROUNDING[dtype] / 2)
+    if not found or (allowed_error is None and len(found) != len(expected.own)):
+        return f"{len(found)} results instead of {len(expected.own)}"
+    for i, (value, own, truth) in enumerate(zip(found, expected.own, expected.truth, strict=False)):
+        error = relative_error(value.detach(), truth.detach())
+        allowed = allowed_error or 2 * max(relative_error(own.detach(), truth.detach()), ROUNDING[dtype] / 2)
         if not error <= allowed:
             return f"result {i} is off by {error:.2g}, allowed is {allowed:.2g}"
     return None

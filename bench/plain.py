@@ -5,6 +5,7 @@ PyTorch's own. Tensors are laid out as in a model without burnish: separate outp
 them side by side. Each function makes a Run from a Problem, with the gradients in the order of the reference's.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.nf4_quantize import nf4_quantize_reference
 from ..kernels.op import Case, Op
 from ..kernels.shrink import Shrink
-from .op_runs import Run, draw_like, floats, fresh, inputs_of
+from .op_runs import Expected, Run, draw_like, expected_of, floats, fresh, inputs_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Problem:
     device: str
     inputs: dict[str, Any]
     cotangents: list[Tensor]
+
+    @functools.cached_property
+    def expected(self) -> Expected:
+        return expected_of(self.op, self.inputs)
 
     @property
     def p(self) -> float:

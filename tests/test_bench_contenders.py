@@ -199,12 +199,19 @@ def test_the_peak_is_that_of_what_lives_at_the_same_time():
     assert counts.peak_bytes(of(lambda x: x.exp().exp().exp(), x=x.detach())) == 2 * one
 
 
+def test_launches_on_a_gpu_are_counted_from_one_spin_to_the_next():
+    spin = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    assert counts.launches_after_spins([spin, "gemm", "Memset", spin, spin, "gemm"], 3) == [2, 0, 1]
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        counts.launches_after_spins([spin, "gemm"], 2)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_counts_are_the_same_every_time(name):
     op, case = OPS[name], cases(name)[0]
     inputs = inputs_of(op, case, op.dtypes[0], "cpu")
     run = Run.prepare(op.function, fresh(inputs) | dict(op.options))
-    first, *others = [counts.all_counts(run) for _ in range(3)]
+    first, *others = counts.all_counts([run] * 3)
     assert all(other == first for other in others)
     assert first == {key: getattr(counts, key)(run) for key in first}
     assert first["num_launches"] > 0

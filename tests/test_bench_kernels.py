@@ -198,6 +198,34 @@ def test_calls_take_turns_and_each_starts_as_often():
     assert [list(turn) for turn in rounds] == [["a", "b", "c"]] * 6
 
 
+def test_on_a_gpu_the_clock_runs_while_the_work_is_done_and_not_while_it_is_queued(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, **_):
+            self.name = f"event {sum(entry.startswith('new') for entry in log)}"
+            log.append(f"new {self.name}")
+
+        def record(self):
+            log.append(self.name)
+
+        def synchronize(self):
+            log.append(f"wait for {self.name}")
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"sleep {cycles >= 1e6}"))
+    stopwatch = Stopwatch("cpu")
+    stopwatch.device = "cuda"
+    [turn] = stopwatch.in_turn({"a": lambda: log.append("call")}, num_rounds=1)
+    assert turn == {"a": 0.002}
+    timed = ["sleep True", "event 0", "call", "event 1", "wait for event 1"]
+    assert [entry for entry in log if not entry.startswith("new")] == ["wait", "call", "wait", *timed]
+
+
 def test_copies_of_the_inputs_rotate_and_neighbours_start_on_different_ones():
     order = []
     calls = {name: [lambda place=(name, copy): order.append(place) for copy in range(2)] for name in "ab"}
