@@ -52,7 +52,7 @@ def load_base(workload: Workload, dtype: torch.dtype, *, device: str = "cpu", is
     if origin.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif is_quantized:
-        options |= {"quantization_config": nf4(), "device_map": {"": device}}
+        options |= {"quantization_config": nf4(), "device_map": device_map(device)}
     model = AutoModelForCausalLM.from_pretrained(origin.path, **options)
     if origin.gguf_file and is_quantized:
         return quantized(model, device)
@@ -67,8 +67,13 @@ def quantized(model: Any, device: str) -> Any:
         state_dict=model.state_dict(),
         dtype=model.dtype,
         quantization_config=nf4(),
-        device_map={"": device},
+        device_map=device_map(device),
     )
+
+
+def device_map(device: str) -> dict[str, Any]:
+    """The whole model on this device, as transformers wants it."""
+    return {"": torch.cuda.current_device() if device == "cuda" else device}
 
 
 def load_tokenizer(workload: Workload) -> Any:

@@ -125,7 +125,6 @@ def check_all(found: Measurement, workload: Workload, crew: Crew, say: Say) -> N
         workload = replace(workload, num_threads=workload.num_threads // num_at_once)
 
     def check(row: Row) -> None:
-        say(f"{row.mode}: {NUM_CHECK_STEPS} steps without dropout, for the losses")
         worker = crew.take(row.mode)
         try:
             worker.build(workload.for_check())
@@ -138,6 +137,7 @@ def check_all(found: Measurement, workload: Workload, crew: Crew, say: Say) -> N
             say(f"{row.mode}: {row.failure}")
         worker.close()
 
+    say(f"{', '.join(modes)}: {NUM_CHECK_STEPS} steps without dropout each, for the losses")
     at_once([partial(check, found.rows[mode]) for mode in modes], num_at_once=num_at_once, stop=crew.kill)
 
 
@@ -216,7 +216,6 @@ def load(modes: Sequence[str], found: Measurement, workload: Workload, crew: Cre
     workers = {mode: crew.take(mode) for mode in modes} if found.device == "cuda" else {}
 
     def build(mode: str) -> None:
-        say(f"{mode}: load")
         worker = workers[mode] if mode in workers else crew.take(mode)
         workers[mode] = worker
         try:
@@ -225,6 +224,8 @@ def load(modes: Sequence[str], found: Measurement, workload: Workload, crew: Cre
         except WorkerDied as died:
             fail(mode, died, found, workers, say)
 
+    if modes:
+        say(f"{', '.join(modes)}: load")
     num_at_once = min(2, workload.num_threads) if found.device == "cpu" else len(modes)
     at_once([partial(build, mode) for mode in modes], num_at_once=num_at_once, stop=crew.kill)
     for mode in [mode for mode in modes if mode in workers]:
