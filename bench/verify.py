@@ -153,12 +153,12 @@ def head_problems(path: Path, result: Result) -> Iterator[str]:
 def row_checker(result: Result) -> Any:
     """A function from a row to what is wrong in it."""
     benchmark = suite.benchmark(result["benchmark"])
-    derived = DERIVED.get(benchmark.name, lambda _row: ())
+    derived = DERIVED.get(benchmark.name, lambda *_: ())
 
     def check(row: Row) -> Iterator[str]:
         if row["state"] != "ok":
             return
-        numbers = [*medians(row, row["key"]), *derived(row)]
+        numbers = [*medians(row, row["key"]), *derived(row, result)]
         for figure in benchmark.figures(row):
             if figure.samples:
                 numbers.append((figure.key, figure.value, quantiles(figure.samples)["median"]))
@@ -190,7 +190,7 @@ def medians(value: Any, where: str) -> Numbers:
         yield from medians(part, f"{where} {name}")
 
 
-def kernel_numbers(row: Row) -> Numbers:
+def kernel_numbers(row: Row, _result: Result) -> Numbers:
     """Ratios are of samples of the same round; the share of the peak is of burnish's median."""
     samples = {name: one["samples"] for name, one in row["contenders"].items() if one.get("samples")}
     pairs = [("ratio", name, ratio, "burnish") for name, ratio in row["ratio"].items()]
@@ -204,7 +204,32 @@ def kernel_numbers(row: Row) -> Numbers:
         yield f"{row['key']} share_of_peak", row["share_of_peak"], share
 
 
-DERIVED = {"kernels": kernel_numbers}
+def step_numbers(row: Row, result: Result) -> Numbers:
+    """Times and ratios are of the counted rounds; tokens and FLOPs are per second of the median step."""
+    facts = next(other["facts"] for other in result["rows"] if other.get("case") == row["case"] and other.get("facts"))
+    rounds = [facts["rounds"][number] for number in facts["counted_rounds"]]
+    median_s = quantiles([turn[row["mode"]] for turn in rounds if row["mode"] in turn])["median"]
+    tokens_per_s = facts["workload"]["num_sequences"] * facts["workload"]["length"] / median_s
+    yield f"{row['key']} median", row["time_s"]["median"], median_s
+    yield f"{row['key']} tokens_per_s", row["tokens_per_s"], tokens_per_s
+    if row["mfu"] is not None:
+        peak = result["peaks"]["float32" if row["mode"] == "fp32" else "bfloat16"]["flops_per_s"]
+        yield f"{row['key']} mfu", row["mfu"], tokens_per_s * row["flops_per_token"] / peak
+    for what, above, below in (("ratio", facts["baseline"], row["mode"]), ("faster", row["mode"], facts["own"])):
+        if row.get(what):
+            samples = [turn[above] / turn[below] for turn in rounds if above in turn and below in turn]
+            yield f"{row['key']} {what}", row[what]["median"], quantiles(samples)["median"]
+
+
+def memory_numbers(row: Row, _result: Result) -> Numbers:
+    """The peak is that of the probe of the largest size."""
+    size, name = ("max_tokens", "tokens") if row["kind"] == "length" else ("max_params", "params")
+    for probe in row["probes"]:
+        if probe[name] == row[size]:
+            yield f"{row['key']} peak", row["peak_bytes"], probe["peak_bytes"]
+
+
+DERIVED = {"kernels": kernel_numbers, "step": step_numbers, "memory": memory_numbers}
 """Benchmark -> numbers of a row that follow from its samples in other ways than as quartiles."""
 
 

@@ -9,7 +9,14 @@ from burnish.bench import document, record, runner, suite
 from burnish.bench.benchmark import Benchmark, Choice, Figure, Item, Setting, Table
 from burnish.bench.stats import paired_ratios, quantiles
 from burnish.bench.table import as_text
-from burnish.bench.verify import DRIFT, document_problems, line_problems, medians, result_problems, tables, verify
+from burnish.bench.verify import (
+    DRIFT,
+    document_problems,
+    line_problems,
+    result_problems,
+    tables,
+    verify,
+)
 from burnish.harness.errors import ConfigError
 
 README = "Losses stay.\n<!-- figures -->old text<!-- /figures -->\nThe end.\n"
@@ -356,17 +363,3 @@ def test_the_readme_keeps_all_but_its_figures(tmp_path):
     assert document.with_figures(text, tmp_path) == text
     with pytest.raises(ConfigError, match="figures"):
         document.with_figures("nothing", tmp_path)
-
-
-def test_medians_are_found_wherever_their_samples_lie():
-    samples = [1.0, 2.0, 4.0]
-    stored = {"q1": 1.5, "median": 2.0, "q3": 3.5}
-    value = {
-        "ratio": {"peft": stored | {"samples": samples}},
-        "contenders": {"burnish": {"samples": samples, "time_s": stored}},
-        "times_s": samples,
-        "time_s": stored,
-        "losses": [{"samples": [], "median": 5.0}],
-    }
-    wrong = [where for where, kept, computed in medians(value, "row") if kept != computed]
-    assert wrong == ["row time_s q3", "row ratio peft q3", "row contenders burnish time_s q3"]
