@@ -74,7 +74,7 @@ def verify(
         problems += [f"{path.parent.name}/{path.name}: {problem}" for problem in wrong]
         found += [] if wrong else [result]
     num_figures = sum(map(num_figures_of, found))
-    problems += document_problems(results=results, docs=docs, readme=readme)
+    problems += [one for one in document_problems(results=results, docs=docs, readme=readme) if one not in problems]
     if not is_remeasured:
         return Verification(problems, num_figures, 0, {"only the documents were asked for": num_figures})
     changes, unchecked = measured_again(setting, found, limit_s=limit_s)

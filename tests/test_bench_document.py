@@ -363,3 +363,12 @@ def test_the_readme_keeps_all_but_its_figures(tmp_path):
     assert document.with_figures(text, tmp_path) == text
     with pytest.raises(ConfigError, match="figures"):
         document.with_figures("nothing", tmp_path)
+
+
+def test_the_documents_of_this_repository_are_what_its_results_say():
+    assert document_problems(results=record.RESULTS, docs=document.DOCUMENT, readme=document.README) == []
+
+
+def test_the_results_of_this_repository_agree_with_themselves():
+    for path in sorted(record.RESULTS.glob("*/*.json")):
+        assert result_problems(path, record.load(path)) == []
