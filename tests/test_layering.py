@@ -30,8 +30,17 @@ TORCH_FREE = (
     *("harness.errors", "harness.config", "harness.config_io", "harness.plan", "harness.memory", "harness.paths"),
     *("harness.run_dir", "harness.summary", "harness.report"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
-    *("launch.bench", "bench.modes", "bench.bench_step", "bench.step_rows", "bench.table", "bench.page"),
-    *("bench.bench_scale", "bench.scaling"),
+    *(
+        "launch.bench",
+        "bench.modes",
+        "bench.bench_step",
+        "bench.bench_memory",
+        "bench.step_rows",
+        "bench.table",
+        "bench.page",
+    ),
+    *("bench.bench_scale", "bench.scaling", "bench.kernel_tables"),
+    *("bench.compare", "bench.document", "bench.verify"),
 )
 SUBMODULES = {"torch.utils.tensorboard": "tensorboard"}
 
