@@ -4,7 +4,7 @@ Two sets are chosen, for wide and for narrow screens, and each is tried on sever
 beside its point, or further up or down at the end of a stroke; one for which there is no room is left out of the set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -71,7 +71,10 @@ ON_LINE = tuple(Seat(f"on {side}") for side in ("nw", "ne", "sw", "se"))
 def placed(
     labels: Sequence[Label], *, lines: Sequence[Sequence[tuple[float, float]]], width: Literal["half", "full"]
 ) -> list[Markup]:
-    """The labels as HTML, each with its seat and the set that it belongs to; the first ones have the first choice."""
+    """The labels as HTML, each with its seat and the set that it belongs to.
+
+    The first have the first choice, beside their points, unless more find a seat in another order or further away.
+    """
     found: list[Markup] = []
     sets = {name: _seats(labels, lines, WIDTHS[name][width], HEIGHTS[name][width]) for name in WIDTHS}
     for index, label in enumerate(labels):
@@ -90,31 +93,51 @@ def _seats(
     labels: Sequence[Label], lines: Sequence[Sequence[tuple[float, float]]], widths: Sequence[int], height: int
 ) -> list[Seat | None]:
     """The seat of each label, None where there is no room at one of the widths."""
-    taken: dict[int, list[Box]] = {width: [] for width in widths}
+    dots: dict[int, list[Box]] = {}
+    taken: dict[int, list[Box]] = {}
     for width in widths:
-        for label in labels:
-            if not label.is_line:
-                x, y = label.x * width / EDGE, label.y * height / EDGE
-                taken[width].append((x - DOT_PX, y - DOT_PX, x + DOT_PX, y + DOT_PX))
-        taken[width] += [box for line in lines for box in _along(line, width, height)]
-    found: list[Seat | None] = []
-    texts: dict[int, list[Box]] = {width: [] for width in widths}
-    for label in labels:
-        found.append(None)
-        for seat in (ON_LINE if label.is_line else (*BESIDE, *AWAY)) if label.text else ():
-            boxes = {width: _box(label, seat, width, height) for width in widths}
-            strokes = {width: list(_stroke(label, seat, width, height)) for width in widths}
+        spots = [(one.x * width / EDGE, one.y * height / EDGE, one.text) for one in labels if not one.is_line]
+        boxes = [((x - DOT_PX, y - DOT_PX, x + DOT_PX, y + DOT_PX), text) for x, y, text in spots]
+        dots[width] = [box for box, text in boxes if text]
+        taken[width] = [box for box, _ in boxes] + [box for line in lines for box in _along(line, width, height)]
+    everyone = range(len(labels))
+    orders = [list(everyone)]
+    for sign in (1, -1):
+        orders.append(sorted(everyone, key=[sign * label.x for label in labels].__getitem__))
+        orders.append(sorted(everyone, key=[sign * label.y for label in labels].__getitem__))
+    wishes = (*BESIDE, *AWAY), (*AWAY, *BESIDE)
+    tried = [_taken_in_turn(labels, order, wish, dots, taken, height) for wish in wishes for order in orders]
+    return max(tried, key=lambda found: sum(seat is not None for seat in found))
+
+
+def _taken_in_turn(
+    labels: Sequence[Label],
+    order: Sequence[int],
+    wish: Sequence[Seat],
+    dots: Mapping[int, Sequence[Box]],
+    obstacles: Mapping[int, Sequence[Box]],
+    height: int,
+) -> list[Seat | None]:
+    """The seats when each label takes the first that is free at all widths; strokes cross no text and no named dot."""
+    found: list[Seat | None] = [None] * len(labels)
+    uncrossed = {width: list(boxes) for width, boxes in dots.items()}
+    taken = {width: list(boxes) for width, boxes in obstacles.items()}
+    for index in order:
+        label = labels[index]
+        for seat in (ON_LINE if label.is_line else wish) if label.text else ():
+            boxes = {width: _box(label, seat, width, height) for width in dots}
+            strokes = {width: list(_stroke(label, seat, width, height)) for width in dots}
             if all(
                 _is_inside(boxes[width], width, height)
                 and _is_free(boxes[width], taken[width])
-                and all(_is_free(stroke, texts[width]) for stroke in strokes[width])
-                for width in widths
+                and all(_is_free(stroke, uncrossed[width]) for stroke in strokes[width])
+                for width in dots
             ):
                 for width, (left, top, right, bottom) in boxes.items():
                     spaced = left - SPACE_PX, top, right + SPACE_PX, bottom
-                    texts[width].append(spaced)
+                    uncrossed[width].append(spaced)
                     taken[width] += [spaced, *strokes[width]]
-                found[-1] = seat
+                found[index] = seat
                 break
     return found
 
@@ -136,11 +159,11 @@ def _box(label: Label, seat: Seat, width: int, height: int) -> Box:
 
 
 def _stroke(label: Label, seat: Seat, width: int, height: int) -> Iterator[Box]:
-    """The box of the stroke to a label that is further away."""
+    """The box of the stroke from the point to a label that is further away."""
     if seat.rise:
         x, y = label.x * width / EDGE, label.y * height / EDGE
-        top = y - seat.rise if "up" in seat.side else y
-        yield x - STROKE_PX, top, x + STROKE_PX, top + seat.rise
+        near, far = (-DOT_PX - 1, -seat.rise) if "up" in seat.side else (DOT_PX + 1, seat.rise)
+        yield x - STROKE_PX, y + min(near, far), x + STROKE_PX, y + max(near, far)
 
 
 def _is_inside(box: Box, width: int, height: int) -> bool:

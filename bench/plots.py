@@ -241,8 +241,7 @@ def points(
     for curve, parts in zip(drawn, traces, strict=True):
         lines += parts
         shapes.append(tag("g", *_curve(curve, parts)))
-        first = labels if curve.style in ("roof", "dashed") else ends
-        first += [Label(*parts[-1][-1], curve.label, curve.colour)] if curve.label else []
+        ends += [Label(*parts[-1][-1], curve.label, curve.colour)] if curve.label else []
     for spot in spots:
         place = x.place(spot.x), EDGE - y.place(spot.y)
         dot = f"M{place[0]:.1f} {place[1]:.1f}h0"
