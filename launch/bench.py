@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..bench import record, runner, suite
-from ..bench.benchmark import Benchmark, Choice, Setting
+from ..bench.benchmark import Benchmark, Choice, Result, Setting
 from ..bench.table import as_text
 from ..bench.workload import MODELS, Workload, parse_batch
 from ..harness.errors import ConfigError, TrainingError
@@ -68,15 +68,12 @@ def measure(options: argparse.Namespace, say: Say) -> Answer:
         say("\n" + "\n\n".join(as_text(table) for table in benchmark.tables(result)) + "\n")
         if result["is_interrupted"]:
             break
-    lines = [f"{folder / name}.json" for name in (result["benchmark"] for result in results)]
-    lines.append(str(write_page(folder)))
+    is_cut = results[-1]["is_interrupted"]
+    lines = [str(folder / f"{result['benchmark']}.json") for result in results] + [str(write_page(folder))]
     if options.record:
-        from ..bench import document
-
-        lines += map(str, document.write())
+        lines += recorded(results) if not is_cut else ["interrupted: nothing was kept in bench/results"]
     wrong = [row for result in results for row in result["rows"] if is_own(row) and row["state"] in ("void", "failed")]
     lines += [f"wrong or failed: {row['key']}: {row['reason']}" for row in wrong]
-    is_cut = results[-1]["is_interrupted"]
     return Answer(results, "\n".join(lines), EXIT_INTERRUPTED if is_cut else EXIT_WORSE if wrong else 0)
 
 
@@ -118,17 +115,32 @@ def listed(benchmarks: Sequence[Benchmark], choice: Choice, device: str) -> Answ
 
 def folder_for(options: argparse.Namespace) -> Path:
     """Where the results go, made; found wrong before minutes are spent."""
-    if options.record:
-        if options.out or options.quick or options.only:
-            raise ConfigError("--record keeps a whole full run in bench/results: not with --out, --quick or --only")
-        folder = record.RESULTS / record.hardware_here(device_here())
-    else:
-        folder = Path(options.out) if options.out else DEFAULT_FOLDER
+    if options.record and (options.out or options.quick or options.only or options.modes):
+        raise ConfigError(
+            "--record keeps a whole full run in bench/results: not with --out, --quick, --only or --modes"
+        )
+    folder = Path(options.out) if options.out else DEFAULT_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder}: {error.strerror}") from None
     return folder
+
+
+def recorded(results: Sequence[Result]) -> list[str]:
+    """Writes results to bench/results/<hardware> and the documents anew; the paths.
+
+    Only once all is measured: the commit in a result says whether any file differed from it.
+    """
+    from ..bench import document
+
+    paths = []
+    for result in results:
+        path = record.RESULTS / result["hardware"] / f"{result['benchmark']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.save(path, result)
+        paths.append(path)
+    return [str(path) for path in [*paths, *document.write()]]
 
 
 def is_own(row: dict[str, Any]) -> bool:
@@ -137,13 +149,11 @@ def is_own(row: dict[str, Any]) -> bool:
 
 
 def write_page(folder: Path) -> Path:
-    """The page of all results in the folder, beside them, or in runs/bench where they are the repository's."""
+    """The page of all results in the folder, beside them."""
     from ..bench import page
 
-    target = DEFAULT_FOLDER if record.RESULTS in folder.absolute().parents else folder
-    target.mkdir(parents=True, exist_ok=True)
-    page.write(record.load_all(folder), target / REPORT)
-    return target / REPORT
+    page.write(record.load_all(folder), folder / REPORT)
+    return folder / REPORT
 
 
 def compare(options: argparse.Namespace, _say: Say) -> Answer:

@@ -213,6 +213,28 @@ def test_an_interrupted_run_is_exit_130_and_kept(verb, tmp_path):
     ]
 
 
+def test_a_recorded_run_is_kept_with_the_documents(verb, tmp_path, monkeypatch):
+    from burnish.bench import document
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(document, "write", lambda: [tmp_path / "docs.md"])
+    code, out, _ = verb("run", "--record")
+    [path] = (tmp_path / "results").glob("*/fake.json")
+    assert (code, path.parent.name) == (0, record.load(path)["hardware"])
+    assert str(path) in out
+    assert "docs.md" in out
+
+
+def test_an_interrupted_run_is_not_recorded(verb, tmp_path, monkeypatch):
+    def interrupted(item, _setting):
+        yield from good(item, _setting)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    assert verb("run", "--record", measure=interrupted)[0] == 130
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_list_measures_nothing(verb, tmp_path):
     code, out, _ = verb("run", "--list", "--only", "t*")
     assert (code, out.split("\n")) == (0, ["fake: two", "fake: three", ""])
