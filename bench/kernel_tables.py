@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..harness.markup import size
-from .benchmark import NOT_MEASURED, Figure, Result, Row, Table
+from .benchmark import NOT_MEASURED, Figure, Kind, Result, Row, Table
 from .table import BUSY
 
 BURNISH, REFERENCE, COMPILED, FROZEN = "burnish", "reference", "compiled", "frozen"
@@ -22,7 +22,15 @@ def figures(row: Row) -> list[Figure]:
     return list(_figures(row))
 
 
+COUNTED: dict[str, tuple[str, Kind]] = {
+    "saved_bytes": ("saved for backward", "bytes"),
+    "peak_bytes": ("peak", "bytes"),
+    "num_launches": ("launches", "count"),
+}
+
+
 def _figures(row: Row) -> Iterator[Figure]:
+    """Launches are a figure on a GPU alone: on a CPU `kernels.product` chooses its column blocks by timing them."""
     own = row["contenders"][BURNISH]
     for name, ratio in row["ratio"].items():
         key = f"{row['key']} · times faster than {name}"
@@ -34,10 +42,9 @@ def _figures(row: Row) -> Iterator[Figure]:
             f"{row['key']} · over the frozen products", "ratio", row["over_frozen"][BURNISH]["median"], samples, "lower"
         )
     yield Figure(f"{row['key']} · time", "time", own["time_s"]["median"], own["samples"], "lower")
-    for name, kind in (("saved_bytes", "bytes"), ("peak_bytes", "bytes"), ("num_launches", "count")):
-        if own[name] is not None:
-            what = {"saved_bytes": "saved for backward", "peak_bytes": "peak", "num_launches": "launches"}[name]
-            yield Figure(f"{row['key']} · {what}", kind, own[name], (), "lower")  # type: ignore[arg-type]
+    for name, (what, kind) in COUNTED.items():
+        if own[name] is not None and (name != "num_launches" or row["backend"] == "triton"):
+            yield Figure(f"{row['key']} · {what}", kind, own[name], (), "lower")
 
 
 def tables(result: Result) -> list[Table]:
