@@ -19,13 +19,12 @@ from typing import Any
 from ..harness.plan import make_plan
 from ..harness.run_dir import write_json
 from ..launch.estimate import estimate
-from ..launch.resources import detect
 from . import memory_tables, published
 from .benchmark import NOT_MEASURED, Benchmark, Figure, Item, Row, Setting
 from .fit import Answer, Curve, Measure, Probe, known, search, sizes_up_to
 from .memory_cases import COMMON_TOKENS, INITS, LADDERS, SEPARATOR, Init, items, params_of
 from .modes import MODES
-from .probes import LOADING_BYTES_PER_WEIGHT, available_bytes, in_fresh_processes, in_one_process, refusal
+from .probes import LOADING_BYTES_PER_WEIGHT, available_bytes, host, in_fresh_processes, in_one_process, refusal
 from .workload import Workload
 
 LENGTH_STEP = {"cpu": 32, "cuda": 64}
@@ -33,7 +32,7 @@ LENGTH_STEP = {"cpu": 32, "cuda": 64}
 RESOLUTION = {"cpu": 0.02, "cuda": 0.01}
 """The next length that is tried is so much longer, or one step; a quick run's is QUICK_RESOLUTION."""
 QUICK_RESOLUTION = 0.1
-STEP_LIMIT_S = {("cpu", True): 8.0, ("cpu", False): 15.0, ("cuda", True): 5.0, ("cuda", False): 25.0}
+STEP_LIMIT_S = {("cpu", True): 10.0, ("cpu", False): 20.0, ("cuda", True): 5.0, ("cuda", False): 25.0}
 """Device, is_quick -> the longest step that is tried: attention takes the square of the length."""
 TWO_AT_ONCE_BYTES = 8 * 2**30
 """Memory at hand from which on two processes are probed at a time, each with half of the threads."""
@@ -246,8 +245,7 @@ def planned(method: str, workload: Workload) -> dict[str, int]:
         on_disk = Workload(**workload.to_dict() | {"model": {"path": folder}})
         memory = {"activation_checkpointing": options.get("checkpointing", "auto")}
         config = on_disk.config(method=options.get("method", "lora"), memory=memory)
-        resources = detect()
-        found = estimate(make_plan(config, resources, run_dir="", cwd=""), resources)
+        found = estimate(make_plan(config, host(), run_dir="", cwd=""), host())
     parts: dict[str, int] = found["state_bytes_per_worker"]
     return parts
 

@@ -64,12 +64,12 @@ LADDERS: dict[str, dict[str, Init]] = {
 }
 """Models of the question for the largest one, by growing size."""
 
-ALL_METHODS = (
-    *("peft", "peft-bf16", "peft-gc", "sft", "peft-qlora-gc"),
-    *("burnish", "burnish-full-gc", "burnish-qlora", "burnish-qlora-gc"),
-)
 QUICK_METHODS = ("peft", "peft-gc", "burnish", "burnish-full-gc")
-MODEL_METHODS = ("peft", "peft-gc", "peft-qlora-gc", "burnish", "burnish-full-gc", "burnish-qlora-gc")
+OTHER_METHODS = ("peft-bf16", "sft", "peft-qlora-gc", "burnish-qlora", "burnish-qlora-gc")
+MODEL_METHODS = {
+    "cpu": ("peft", "peft-qlora-gc", "burnish", "burnish-qlora-gc"),
+    "cuda": ("peft-gc", "peft-qlora-gc", "burnish-full-gc", "burnish-qlora-gc"),
+}
 QLORA_METHODS = ("peft-qlora-gc", "burnish-qlora", "burnish-qlora-gc")
 COUNTERPARTS = {
     "peft": "burnish",
@@ -83,8 +83,8 @@ COMMON_TOKENS = {"cpu": (256, 1024), "cuda": (2048, 8192)}
 """Lengths that every method is probed at, before any search."""
 MODEL_TOKENS = {"cpu": 256, "cuda": 2048}
 RANKS = {"cpu": 16, "cuda": 32}
-COSTS_S = {("length", "cpu"): 50.0, ("model", "cpu"): 50.0, ("length", "cuda"): 35.0, ("model", "cuda"): 150.0}
-QUICK_COST_S = {"cpu": 16.0, "cuda": 30.0}
+COSTS_S = {("length", "cpu"): 50.0, ("model", "cpu"): 35.0, ("length", "cuda"): 35.0, ("model", "cuda"): 150.0}
+QUICK_COST_S = {"cpu": 15.0, "cuda": 30.0}
 LONGEST_COST_S = 90.0
 """On a GPU, of the method with the longest sequences: attention takes the square of the length."""
 
@@ -118,13 +118,14 @@ def items(device: str, choice: Choice) -> list[Item]:
         if quick:
             return lengths("smollm2-135m-10-layers", QUICK_METHODS, (512 * MIB,), device, quick)
         return [
-            *lengths("smollm2-135m", ALL_METHODS, (GIB, 2 * GIB), device, quick),
-            *models(MODEL_METHODS, (GIB, 2 * GIB), device, quick),
+            *lengths("smollm2-135m", QUICK_METHODS, (GIB, 2 * GIB), device, quick),
+            *lengths("smollm2-135m", OTHER_METHODS, (GIB,), device, quick),
+            *models(MODEL_METHODS["cpu"], (GIB,), device, quick),
         ]
     budgets = tuple(gb * GB for gb in ((8, 12, 16, 24) if quick else (8, 12, 16, 24, 40, 48, 80)))
     found = lengths("llama-8b", QLORA_METHODS, budgets, device, quick)
     if not quick:
-        found += models(MODEL_METHODS, (24 * GB, 48 * GB, 80 * GB), device, quick)
+        found += models(MODEL_METHODS["cuda"], (24 * GB, 48 * GB, 80 * GB), device, quick)
         found += lengths("llama-70b", QLORA_METHODS, (48 * GB, 80 * GB), device, quick)
     return found
 

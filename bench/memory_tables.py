@@ -59,8 +59,8 @@ def lengths(result: Result, model: str) -> Table:
         times = ratio(by_place.get((COUNTERPARTS.get(method, ""), budget)), row)
         planner = planned_at(row, "predicted", "tokens", row["max_tokens"])
         cells.append((method, budget, bounded(row, "max_tokens"), size(row["peak_bytes"]), times, planner, beside))
-    step = f"a multiple of {result['length_step']}, {result['resolution']:.0%} or one multiple from the next"
-    lead = f"Sequences are {step}; the next longer one was tried and did not fit. {ranks(rows)}"
+    step = f"multiples of {result['length_step']}, the next one longer by {result['resolution']:.0%} or one multiple"
+    lead = f"Sequences are {step}; unless marked, the next longer one was tried and did not fit. {ranks(rows)}"
     notes = [
         lead,
         PEAK_NOTE[result["device"]],
@@ -95,7 +95,7 @@ def models(result: Result, subject: str) -> Table:
         planner = planned_at(row, "probes", "params", row["max_params"])
         largest = row["largest"] or "none of the tried"
         cells.append((method, budget, limit(row, largest), number(row["max_params"]), size(row["peak_bytes"]), planner))
-    lead = f"Random weights in the shape of a Llama; the next larger one was tried and did not fit. {ranks(rows)}"
+    lead = f"Random weights in a Llama's shape; unless marked, the next larger one did not fit. {ranks(rows)}"
     notes = [lead, PEAK_NOTE[result["device"]], *bounds(rows), *planner_notes(rows), *reasons(rows)]
     return Table(f"Largest model that fits: one sequence of {subject}", MODEL_HEAD, cells, notes)
 
@@ -137,15 +137,11 @@ def ranks(rows: Sequence[Row]) -> str:
 
 
 def bounds(rows: Sequence[Row]) -> list[str]:
-    found = []
-    if any(row["state"] == "ok" and row["bound"] == "all" for row in rows):
-        found.append("(all): the largest that there is to try fits.")
-    return found + [
-        f"≥ {reason}: {', '.join(keys)}"
-        for reason, keys in gathered(
-            [row for row in rows if row["state"] == "ok" and row["bound"] == "at least"], "bound_reason"
-        )
-    ]
+    """What the marks beside sizes mean."""
+    measured = [row for row in rows if row["state"] == "ok"]
+    found = ["(all): the largest that there is to try fits."] if any(row["bound"] == "all" for row in measured) else []
+    ended = gathered([row for row in measured if row["bound"] == "at least"], "bound_reason")
+    return found + [f"≥ {', '.join(keys)}: {reason}." for reason, keys in ended]
 
 
 def planner_notes(rows: Sequence[Row]) -> list[str]:

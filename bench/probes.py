@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..harness.markup import duration
 from ..harness.markup import size as size_text
+from ..harness.plan import Resources
 from ..launch.resources import detect, memory_bytes
 from .fit import Curve, Measure, Probe, Refuse, peak_at, time_at
 from .pool import Crew, Worker, WorkerDied, at_once
@@ -40,10 +41,16 @@ SIGNS_OF_NO_MEMORY = (
 """What the last words of a process hold that found no memory, in small letters."""
 
 
+@cache
+def host() -> Resources:
+    """What this machine has; a GPU's memory takes a process to ask for."""
+    return detect()
+
+
 def available_bytes(device: str) -> int:
     """Memory that probes may use: the GPU's, or what this host has free within the limits of its cgroups."""
     if device == "cuda":
-        return detect().device_memory_bytes
+        return host().device_memory_bytes
     found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
     return min(memory_bytes(), 1024 * int(found[1])) if found else memory_bytes()
 
