@@ -23,9 +23,7 @@ def chosen(items: Sequence[Item], only: Sequence[str], *, name: str) -> list[Ite
     """
     for pattern in only:
         if not any(matches(item.key, pattern) for item in items):
-            raise ConfigError(
-                f"--only {pattern!r} is nothing that {name} measures here; --list shows what there is"
-            )
+            raise ConfigError(f"--only {pattern!r} is nothing that {name} measures here; --list shows what there is")
     return [item for item in items if not only or any(matches(item.key, pattern) for pattern in only)]
 
 
