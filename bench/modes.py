@@ -21,6 +21,11 @@ class Mode:
     is_quantized: bool = False
     """Whether the frozen linear layers are nf4."""
 
+    @property
+    def is_slow_to_start(self) -> bool:
+        """Whether the first step takes a minute or more on a CPU."""
+        return bool(self.options.get("is_compiled"))
+
     def missing(self) -> list[str]:
         """The packages of `needs` that are not installed."""
         return [name for name in self.needs if find_spec(name) is None]

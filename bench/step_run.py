@@ -118,7 +118,7 @@ def check_all(found: Measurement, workload: Workload, crew: Crew, say: Say) -> N
 
     Several run at a time and share the threads: nothing is timed.
     """
-    modes = found.modes()
+    modes = sorted(found.modes(), key=lambda mode: not MODES[mode].is_slow_to_start)
     num_at_once = min(found.case.num_checks_at_once, len(modes))
     if found.device == "cpu":
         num_at_once = max(1, min(num_at_once, workload.num_threads))
