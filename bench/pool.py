@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,8 +90,10 @@ class Worker:
 
     def _reason(self) -> str:
         code = self.process.wait()
-        if code == -9:
+        if code == -signal.SIGKILL:
             return "killed, most likely for want of memory"
+        if code < 0:
+            return f"ended by signal {-code}"
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
         return lines[-1][:300] if lines else f"ended with exit code {code}"
