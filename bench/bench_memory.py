@@ -21,7 +21,7 @@ from ..harness.run_dir import write_json
 from ..launch.estimate import estimate
 from . import memory_tables, published
 from .benchmark import NOT_MEASURED, Benchmark, Figure, Item, Row, Setting
-from .fit import Answer, Curve, Measure, Probe, known, search, sizes_up_to
+from .fit import Answer, Curve, Measure, Probe, known, search
 from .memory_cases import COMMON_TOKENS, INITS, LADDERS, SEPARATOR, Init, items, params_of
 from .modes import MODES
 from .probes import LOADING_BYTES_PER_WEIGHT, available_bytes, host, in_fresh_processes, in_one_process, refusal
@@ -30,8 +30,8 @@ from .workload import Workload
 LENGTH_STEP = {"cpu": 32, "cuda": 64}
 """Tokens: lengths are multiples of it."""
 RESOLUTION = {"cpu": 0.02, "cuda": 0.01}
-"""The next length that is tried is so much longer, or one step; a quick run's is QUICK_RESOLUTION."""
-QUICK_RESOLUTION = 0.1
+"""A length that is so much longer, or longer by one step, does not fit; in a quick run it is QUICK_RESOLUTION."""
+QUICK_RESOLUTION = 0.15
 STEP_LIMIT_S = {("cpu", True): 10.0, ("cpu", False): 20.0, ("cuda", True): 5.0, ("cuda", False): 25.0}
 """Device, is_quick -> the longest step that is tried: attention takes the square of the length."""
 TWO_AT_ONCE_BYTES = 8 * 2**30
@@ -60,10 +60,13 @@ class Study:
     def sizes(self) -> list[int]:
         if not self.is_length:
             return list(self.inits)
-        device = self.setting.device
-        share = QUICK_RESOLUTION if self.setting.is_quick else RESOLUTION[device]
-        longest = INITS[self.what["model"]]["max_position_embeddings"]
-        return sorted({*sizes_up_to(longest, step=LENGTH_STEP[device], share=share), *COMMON_TOKENS[device]})
+        step, longest = LENGTH_STEP[self.setting.device], INITS[self.what["model"]]["max_position_embeddings"]
+        return list(range(step, longest + 1, step))
+
+    @property
+    def share(self) -> float:
+        """How near the answer must be to a size that does not fit."""
+        return resolution(self.setting) if self.is_length else 0.0
 
     @property
     def first_sizes(self) -> list[int]:
@@ -98,10 +101,14 @@ def prepare(setting: Setting) -> dict[str, Any]:
     return {
         "available_bytes": free_bytes,
         "num_at_once": num_at_once(setting, free_bytes),
-        "resolution": QUICK_RESOLUTION if setting.is_quick else RESOLUTION[setting.device],
+        "resolution": resolution(setting),
         "length_step": LENGTH_STEP[setting.device],
         "step_limit_s": STEP_LIMIT_S[setting.device, setting.is_quick],
     }
+
+
+def resolution(setting: Setting) -> float:
+    return QUICK_RESOLUTION if setting.is_quick else RESOLUTION[setting.device]
 
 
 def num_at_once(setting: Setting, free_bytes: int) -> int:
@@ -150,9 +157,11 @@ def find(study: Study, budgets: dict[str, int], curve: Curve, answers: dict[str,
             curve |= {one.size: one for one in told(wanted)}
         for key, budget in budgets.items():
             if any(one.state == "failed" for one in curve.values()):
-                answers[key] = known(study.sizes, budget, curve)
+                answers[key] = known(study.sizes, budget, curve, share=study.share)
                 continue
-            answers[key] = search(study.sizes, budget, curve, told, refuse=refuse, at_once=study.num_at_once)
+            answers[key] = search(
+                study.sizes, budget, curve, told, refuse=refuse, share=study.share, at_once=study.num_at_once
+            )
 
 
 def line(study: Study, probe: Probe) -> str:

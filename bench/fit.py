@@ -2,7 +2,7 @@
 
 Peaks are close to linear in the size, so a line through two probes says where the budget is reached; the probes there
 narrow the bracket, and where lines do not, bisection does. An answer is confirmed: a probe of that size fits
-and one of the next size does not. No torch here.
+and one of the next size, or of one as near as was asked for, does not. No torch here.
 """
 
 from bisect import bisect_left, bisect_right
@@ -53,51 +53,79 @@ Measure = Callable[[Sequence[int]], Sequence[Probe]]
 Refuse = Callable[[int], str | None]
 
 
-def sizes_up_to(top: int, *, step: int, share: float) -> list[int]:
-    """Multiples of `step`, each the next one longer by `step` or, once that is more, by `share`; the last is `top`."""
-    found = [step]
-    while (size := found[-1] + step * max(1, int(share * found[-1] / step))) < top:
-        found.append(size)
-    return [*found, top] if found[-1] < top else found
-
-
 def search(
-    sizes: Sequence[int], budget_bytes: int, curve: Curve, measure: Measure, *, refuse: Refuse, at_once: int = 1
+    sizes: Sequence[int],
+    budget_bytes: int,
+    curve: Curve,
+    measure: Measure,
+    *,
+    refuse: Refuse,
+    share: float = 0.0,
+    at_once: int = 1,
 ) -> Answer:
     """Probes are added to the curve, which may hold some of other budgets.
 
-    `measure` tries up to `at_once` sizes; `refuse` says why a size must not be tried, and if it refuses one it refuses
-    all larger ones.
+    An answer is exact if the next size, or one larger by at most `share`, does not fit. `measure` tries up to `at_once`
+    sizes; `refuse` says why a size must not be tried, and if it refuses one it refuses all larger ones.
     """
     width, num_stalls = len(sizes) + 1, 0
     while True:
         low, high = bracket(sizes, budget_bytes, curve)
-        if high - low == 1:
-            return known(sizes, budget_bytes, curve)
+        if is_next(sizes, low, high, share):
+            return known(sizes, budget_bytes, curve, share=share)
         num_stalls = num_stalls + 1 if high < len(sizes) and 2 * (high - low) > width else 0
         is_stuck, width = num_stalls > MAX_STALLS, high - low
-        guess = (low + high) // 2 if is_stuck else guessed(sizes, budget_bytes, curve, low, high)
         num_stalls = 0 if is_stuck else num_stalls
-        reason = refuse(sizes[guess])
+        guesses = [(low + high) // 2] if is_stuck else guessed(sizes, budget_bytes, curve, low, high, share)
+        reason = refuse(sizes[guesses[0]])
         if reason is not None:
-            guess = largest_allowed(sizes, low, guess, refuse)
-            if guess == low or (low >= 0 and sizes[guess] < MIN_GROWTH * sizes[low]):
-                return replace(known(sizes, budget_bytes, curve), reason=reason)
-        wanted = [sizes[i] for i in range(guess, min(guess + at_once, high)) if refuse(sizes[i]) is None]
-        found = measure(wanted)
+            guesses = [largest_allowed(sizes, low, guesses[0], refuse)]
+            if guesses[0] == low or (low >= 0 and sizes[guesses[0]] < MIN_GROWTH * sizes[low]):
+                return replace(known(sizes, budget_bytes, curve, share=share), reason=reason)
+        found = measure([sizes[i] for i in guesses[:at_once] if refuse(sizes[i]) is None])
         curve |= {probe.size: probe for probe in found}
         if any(probe.state == "failed" for probe in found):
-            return known(sizes, budget_bytes, curve)
+            return known(sizes, budget_bytes, curve, share=share)
 
 
-def known(sizes: Sequence[int], budget_bytes: int, curve: Mapping[int, Probe]) -> Answer:
+def known(sizes: Sequence[int], budget_bytes: int, curve: Mapping[int, Probe], *, share: float = 0.0) -> Answer:
     """What the probes so far say."""
     low, high = bracket(sizes, budget_bytes, curve)
     fitting = sizes[low] if low >= 0 else None
-    if high - low == 1:
+    if is_next(sizes, low, high, share):
         return Answer(fitting, "all" if high == len(sizes) else "exact")
     reason = next((probe.reason for probe in curve.values() if probe.state == "failed"), None)
     return Answer(fitting, "at least", reason)
+
+
+def is_next(sizes: Sequence[int], low: int, high: int, share: float) -> bool:
+    """Whether the two ends of a bracket are so near that they answer."""
+    return high - low == 1 or (low >= 0 and high < len(sizes) and sizes[high] <= (1 + share) * sizes[low])
+
+
+def around(sizes: Sequence[int], low: int, high: int, reached: float, share: float) -> list[int]:
+    """One or two positions strictly inside the bracket that answer if the budget is reached where it is expected.
+
+    One on each side of that size, so near that they are next to each other; or only the one that an end of the bracket
+    lacks.
+    """
+    lower = min(bisect_right(sizes, reached / (1 + share) ** 0.5) - 1, high - 1)
+    while (upper := after(sizes, lower, share)) < high and sizes[upper] <= reached:
+        lower += 1  # where sizes are further apart than the share
+    if lower <= low:
+        return [min(after(sizes, low, share), high - 1)]
+    if upper < high:
+        return [lower, upper]
+    if high == len(sizes):
+        return [high - 1]
+    return [min(max(bisect_left(sizes, sizes[high] / (1 + share)), low + 1), high - 1)]
+
+
+def after(sizes: Sequence[int], position: int, share: float) -> int:
+    """Position of the largest size that is next to this one."""
+    if position < 0:
+        return 0
+    return max(position + 1, bisect_right(sizes, (1 + share) * sizes[position]) - 1)
 
 
 def largest_allowed(sizes: Sequence[int], low: int, refused: int, refuse: Refuse) -> int:
@@ -119,18 +147,19 @@ def fits(probe: Probe, budget_bytes: int) -> bool:
     return probe.peak_bytes is not None and probe.peak_bytes <= budget_bytes
 
 
-def guessed(sizes: Sequence[int], budget_bytes: int, curve: Mapping[int, Probe], low: int, high: int) -> int:
-    """Position strictly inside the bracket: where a line reaches the budget; without a line the middle, or twice."""
+def guessed(
+    sizes: Sequence[int], budget_bytes: int, curve: Mapping[int, Probe], low: int, high: int, share: float
+) -> list[int]:
+    """Positions strictly inside the bracket: where a line reaches the budget; without a line the middle, or twice."""
     measured = points(curve)
-    largest = measured[-1][0] if measured else 0
     reached = size_at(measured, budget_bytes)
-    if reached is None and high < len(sizes):
-        return (low + high) // 2
-    if reached is None:
-        reached = 2.0 * largest
-    if high == len(sizes) and largest:
-        reached = min(reached, MAX_GROWTH * largest)
-    return min(max(bisect_right(sizes, reached) - 1, low + 1), high - 1)
+    if high < len(sizes):
+        return [(low + high) // 2] if reached is None else around(sizes, low, high, reached, share)
+    largest = measured[-1][0] if measured else 0
+    reached = 2.0 * largest if reached is None else reached
+    if reached > MAX_GROWTH * largest:
+        return [max(low + 1, bisect_right(sizes, MAX_GROWTH * largest) - 1)]
+    return around(sizes, low, high, reached, share)
 
 
 def points(curve: Mapping[int, Probe]) -> list[tuple[int, int]]:

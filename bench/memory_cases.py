@@ -116,7 +116,7 @@ def items(device: str, choice: Choice) -> list[Item]:
     quick = choice.is_quick
     if device == "cpu":
         if quick:
-            return lengths("smollm2-135m-10-layers", QUICK_METHODS, (512 * MIB,), device, quick)
+            return lengths("smollm2-135m-10-layers", QUICK_METHODS, (384 * MIB,), device, quick)
         return [
             *lengths("smollm2-135m", QUICK_METHODS, (GIB, 2 * GIB), device, quick),
             *lengths("smollm2-135m", OTHER_METHODS, (GIB,), device, quick),

@@ -59,8 +59,10 @@ def lengths(result: Result, model: str) -> Table:
         times = ratio(by_place.get((COUNTERPARTS.get(method, ""), budget)), row)
         planner = planned_at(row, "predicted", "tokens", row["max_tokens"])
         cells.append((method, budget, bounded(row, "max_tokens"), size(row["peak_bytes"]), times, planner, beside))
-    step = f"multiples of {result['length_step']}, the next one longer by {result['resolution']:.0%} or one multiple"
-    lead = f"Sequences are {step}; unless marked, the next longer one was tried and did not fit. {ranks(rows)}"
+    lead = (
+        f"Sequences are multiples of {result['length_step']} tokens. Unless marked, one that is longer by "
+        f"{result['resolution']:.0%}, or by one multiple, was tried and did not fit. {ranks(rows)}"
+    )
     notes = [
         lead,
         PEAK_NOTE[result["device"]],
