@@ -71,14 +71,14 @@ CPU = [
         "smollm2-135m",
         "4x256",
         *("peft", "peft-bf16", "peft+malloc", "peft-bf16+malloc", "sft", "hf-deepspeed", "peft-compile"),
-        cost_s=480,
+        cost_s=560,
     ),
     qlora(
         "smollm2-135m",
         "4x256",
         *("peft-qlora", "peft-qlora-gc"),
         own=("burnish-qlora", "burnish-qlora-gc"),
-        cost_s=200,
+        cost_s=170,
     ),
 ]
 GPU = [
