@@ -6,7 +6,7 @@ from ..harness.markup import number, size
 from . import published
 from .benchmark import Result, Row, Table
 from .fit import Probe
-from .memory_cases import COUNTERPARTS, SEPARATOR, budget_bytes
+from .memory_cases import COUNTERPARTS, GB, GIB, SEPARATOR, budget_bytes
 
 LENGTH_HEAD = ("method", "budget", "longest sequence", "peak there", "burnish takes", "planner", "published by others")
 MODEL_HEAD = ("method", "budget", "largest model", "weights", "peak there", "planner")
@@ -57,8 +57,10 @@ def lengths(result: Result, model: str) -> Table:
             cells.append((method, budget, row["state"], "–", "–", "–", beside))
             continue
         times = ratio(by_place.get((COUNTERPARTS.get(method, ""), budget)), row)
-        planner = planned_at(row, "predicted", "tokens", row["max_tokens"])
-        cells.append((method, budget, bounded(row, "max_tokens"), size(row["peak_bytes"]), times, planner, beside))
+        planner = planned_at(row, "predicted", "tokens", row["max_tokens"], result)
+        cells.append(
+            (method, budget, bounded(row, "max_tokens"), amount(row["peak_bytes"], result), times, planner, beside)
+        )
     lead = (
         f"Sequences are multiples of {result['length_step']} tokens. Unless marked, one that is longer by "
         f"{result['resolution']:.0%}, or by one multiple, was tried and did not fit. {ranks(rows)}"
@@ -81,7 +83,7 @@ def peaks(result: Result, model: str) -> Table:
     cells = []
     for row in rows:
         at = {probe["tokens"]: probe for probe in row["probes"]}
-        shown = [size(at[n]["peak_bytes"]) if n in at and at[n]["peak_bytes"] else "–" for n in shared]
+        shown = [amount(at[n]["peak_bytes"], result) if n in at else "–" for n in shared]
         cells.append((row["method"], *shown))
     return Table(f"Peak memory: {model}, one sequence a step", ("method", *(f"{n:,} tokens" for n in shared)), cells)
 
@@ -94,9 +96,11 @@ def models(result: Result, subject: str) -> Table:
         if row["state"] != "ok":
             cells.append((method, budget, row["state"], "–", "–", "–"))
             continue
-        planner = planned_at(row, "probes", "params", row["max_params"])
+        planner = planned_at(row, "probes", "params", row["max_params"], result)
         largest = row["largest"] or "none of the tried"
-        cells.append((method, budget, limit(row, largest), number(row["max_params"]), size(row["peak_bytes"]), planner))
+        cells.append(
+            (method, budget, limit(row, largest), number(row["max_params"]), amount(row["peak_bytes"], result), planner)
+        )
     lead = f"Random weights in a Llama's shape; unless marked, the next larger one did not fit. {ranks(rows)}"
     notes = [lead, PEAK_NOTE[result["device"]], *bounds(rows), *planner_notes(rows), *reasons(rows)]
     return Table(f"Largest model that fits: one sequence of {subject}", MODEL_HEAD, cells, notes)
@@ -129,8 +133,15 @@ def ratio(ours: Row | None, row: Row) -> str:
     return f"{sign}{ours['max_tokens'] / row['max_tokens']:.1f}x ({ours['method']})"
 
 
-def planned_at(row: Row, key: str, name: str, wanted: int | None) -> str:
-    return next((size(one["predicted_bytes"]) for one in row[key] if one[name] == wanted), "–")
+def planned_at(row: Row, key: str, name: str, wanted: int | None, result: Result) -> str:
+    return next((amount(one["predicted_bytes"], result) for one in row[key] if one[name] == wanted), "–")
+
+
+def amount(num_bytes: int | None, result: Result) -> str:
+    """Bytes in the unit of the budgets, so that a column can be compared."""
+    if num_bytes is None:
+        return "–"
+    return f"{num_bytes / GB:.2f} GB" if result["device"] == "cuda" else f"{num_bytes / GIB:.3f} GiB"
 
 
 def ranks(rows: Sequence[Row]) -> str:
