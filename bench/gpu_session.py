@@ -41,10 +41,10 @@ def parts(folder: Path) -> list[Part]:
 
     tests = ("pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py")
     return [
-        Part("tests", tests, 120),
+        Part("tests", tests, 90),
         bench("kernels", limit_s=150),
-        bench("step", limit_s=170),
-        bench("memory", limit_s=70),
+        bench("step", limit_s=160),
+        bench("memory", limit_s=110),
         bench("scale", limit_s=30),
     ]
 

@@ -57,8 +57,8 @@ def size(num_bytes: float | None) -> str:
     if num_bytes is None:
         return "–"
     for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
+        if (value := num_bytes / factor) >= 1:
+            return f"{value:.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
     return f"{num_bytes:.0f} B"
 
 

@@ -343,7 +343,8 @@ def test_numbers_are_written_for_people() -> None:
     assert [number(value) for value in (None, 0, 3, 1234, 12_345, 134_515_008, 2e-4, 0.00015, 2.34567, True)] == [
         "–", "0", "3", "1234", "12.35k", "134.5M", "2e-4", "1.5e-4", "2.346", "True",
     ]  # fmt: skip
-    assert [size(value) for value in (None, 12, 2**20, 1.5 * 2**30)] == ["–", "12 B", "1 MiB", "1.5 GiB"]
+    sizes = [size(value) for value in (None, 12, 2**20, 1.5 * 2**30, 1010 * 2**20)]
+    assert sizes == ["–", "12 B", "1 MiB", "1.5 GiB", "1010 MiB"]
     assert [duration(value) for value in (None, 4.21, 192, 7500)] == ["–", "4.2 s", "3 min 12 s", "2 h 05 min"]
 
 
