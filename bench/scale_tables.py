@@ -120,9 +120,9 @@ WIRE_NOTES = (
     "DeepSpeed is told to communicate), weights in bf16: all-reduce of the gradients (stage 0), reduce-scatter of them "
     "and all-gather of the trained weights (1, 2), two all-gathers of all weights and a reduce-scatter (3)",
     "collectives called: counted where they pass PyTorch's dispatcher. DeepSpeed 0.19 all-reduces the buckets of "
-    "stages 1 and 2 (2: use_multi_rank_bucket_allreduce) where the formula has a reduce-scatter; stage 3 keeps gathered "
-    "weights from forward to backward in a model of less than a billion parameters (stage3_max_reuse_distance), one "
-    "all-gather less",
+    "stages 1 and 2 (2: use_multi_rank_bucket_allreduce) where the formula has a reduce-scatter; stage 3 keeps "
+    "gathered weights from forward to backward in a model of less than a billion parameters "
+    "(stage3_max_reuse_distance), one all-gather less",
     "as the backend runs them: gloo's reduce-scatter is an all-reduce of which every rank keeps a part "
     "(ProcessGroupGloo.cpp)",
     "on the wire: counters of the loopback interface, with the headers of TCP, less what others send in that time",
