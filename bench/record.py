@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def opened(name: str, setting: Setting, choice: Choice, prepared: dict[str, Any]
         "device": setting.device,
         "hardware": hardware(found, setting.device),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["burnish", *sys.argv[1:]],
+        "command": ["burnish", *without_out(sys.argv[1:])],
         "environment": found,
         "options": options,
         "options_hash": hash_of(options),
@@ -39,6 +40,15 @@ def opened(name: str, setting: Setting, choice: Choice, prepared: dict[str, Any]
         **prepared,
         "rows": [],
     }
+
+
+def without_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments but for `--out PATH`: a path of this machine, and nothing that the figures depend on."""
+    found = list(arguments)
+    if "--out" in found:
+        at = found.index("--out")
+        del found[at : at + 2]
+    return [argument for argument in found if not argument.startswith("--out=")]
 
 
 def described(device: str) -> dict[str, Any]:

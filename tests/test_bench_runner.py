@@ -50,6 +50,12 @@ def test_a_result_names_hardware_versions_commit_options_and_command(tmp_path, m
     assert (result["is_interrupted"], result["is_quick"], result["peaks"]) == (False, False, {"fp32": 1.0})
 
 
+@pytest.mark.parametrize("out", [["--out", "a/folder"], ["--out=a/folder"], []])
+def test_a_result_does_not_hold_where_it_was_written(monkeypatch, out):
+    monkeypatch.setattr(sys, "argv", ["burnish", "bench", "run", *out, "--quick"])
+    assert record.opened("fake", setting(), CHOICE, {})["command"] == ["burnish", "bench", "run", "--quick"]
+
+
 def test_other_options_have_another_hash():
     one, other = (record.opened("fake", setting(), choice, {}) for choice in (CHOICE, Choice(is_quick=True)))
     assert one["options_hash"] != other["options_hash"]
