@@ -35,7 +35,7 @@ WAYS: dict[str, tuple[Backend, torch.dtype]] = {
     "native-amx": ("native", BF16),
     "torch": ("torch", FP32),
 }
-SHAPE = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
+SHAPE: dict[str, Any] = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
 SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 STEP = Workload(model={"init": SHAPE}, num_sequences=2, length=64, rank=8)
 
