@@ -23,7 +23,8 @@ MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 def opened(name: str, setting: Setting, choice: Choice, prepared: dict[str, Any]) -> Result:
     """A result without rows; it counts as interrupted until `closed`."""
-    options = asdict(choice) | {"num_threads": setting.num_threads, "num_rounds": setting.num_rounds}
+    chosen = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(choice).items()}
+    options = chosen | {"num_threads": setting.num_threads, "num_rounds": setting.num_rounds}
     found = described(setting.device)
     return {
         "format": FORMAT,

@@ -47,6 +47,7 @@ def test_a_result_names_hardware_versions_commit_options_and_command(tmp_path, m
     assert result["hardware"].startswith("cpu-")
     assert {"cpu", "num_cpus", "cpu_features", "libraries", "git_commit"} <= result["environment"].keys()
     assert len(result["options_hash"]) == 64
+    assert result["options"] == record.opened("fake", setting(), CHOICE, {})["options"]
     assert (result["is_interrupted"], result["is_quick"], result["peaks"]) == (False, False, {"fp32": 1.0})
 
 
