@@ -17,11 +17,11 @@ from typing import Any
 
 from ..harness.markup import size
 from . import errands
-from .benchmark import Benchmark, Choice, Figure, Item, Result, Row, Setting, Table
+from .benchmark import Benchmark, Choice, Figure, Item, Result, Row, Say, Setting, Table
 from .pool import open_worker
 from .step_cases import Case, case_and_mode, cases, check_names
 from .step_rows import rows_of
-from .step_run import Say, measure_case
+from .step_run import measure_case
 from .table import BUSY
 from .workload import Workload
 

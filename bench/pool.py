@@ -23,9 +23,12 @@ class WorkerDied(Exception):  # noqa: N818
 class Worker:
     """One fresh process that runs one mode. It imports its libraries at once, and loads nothing before `build`."""
 
+    module = "worker"
+    """What the process runs, of this package."""
+
     def __init__(self, mode: str, *, is_profiled: bool = False) -> None:
         self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", f"{__package__}.worker", mode, *(["--profiled"] if is_profiled else [])]
+        command = [sys.executable, "-m", f"{__package__}.{self.module}", mode, *(["--profiled"] if is_profiled else [])]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8"
         )

@@ -6,9 +6,6 @@ is loaded (on a GPU: what torch's allocator has given out). The peak of loading 
 
 import contextlib
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -92,13 +89,7 @@ def in_fresh_processes(mode: str, workload_of: Callable[[int], Workload]) -> Ite
 class LengthsWorker(Worker):
     """A process whose sequences change their length, see `lengths_worker`."""
 
-    def __init__(self, mode: str) -> None:
-        self.errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", f"{__package__}.lengths_worker", mode]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8"
-        )
-        self.built = {}
+    module = "lengths_worker"
 
     def step_of(self, length: int) -> dict[str, Any]:
         """A step on sequences of this length, with the peak of this step alone. Raises WorkerDied."""

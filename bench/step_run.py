@@ -4,12 +4,13 @@ Every process is fresh and does one thing. No torch here.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from . import errands
+from .benchmark import Say
 from .modes import MODES
 from .pool import Crew, Worker, WorkerDied, at_once
 from .step_cases import Case
@@ -37,8 +38,6 @@ DROPOUT_SHARE = 1.25
 """How much more than in the check, which has no dropout, a mode needs when it is timed; and what is lost to gaps."""
 CONTEXT_BYTES = 2**29
 """What a process takes of a GPU without any tensor."""
-
-Say = Callable[[str], None]
 
 
 @dataclass

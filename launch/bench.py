@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..bench import record, runner, suite
-from ..bench.benchmark import Benchmark, Choice, Result, Setting
+from ..bench.benchmark import Benchmark, Choice, Result, Say, Setting
 from ..bench.table import as_text
 from ..bench.workload import MODELS, Workload, parse_batch
 from ..harness.errors import ConfigError, TrainingError
@@ -28,8 +28,6 @@ NUM_PROFILE_ROWS = 30
 EXIT_INTERRUPTED = 130
 EXIT_WORSE = 6
 """A figure got worse, a result of burnish is wrong, or a document says what the results do not."""
-
-Say = Callable[[str], None]
 
 
 def run(options: argparse.Namespace, progress: TextIO) -> Answer:

@@ -1,15 +1,13 @@
-"""The benchmark of the operations, and the session that measures on a GPU machine."""
+"""The benchmark of the operations."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from burnish.bench import bench_kernels, contenders, gpu_session, runner, shapes
+from burnish.bench import bench_kernels, contenders, runner, shapes
 from burnish.bench.bench_kernels import BENCHMARK
 from burnish.bench.benchmark import NOT_MEASURED, Choice, Setting, completed
-from burnish.bench.gpu_session import Part
 from burnish.bench.stopwatch import Stopwatch
 from burnish.bench.table import as_markdown, as_text
 from burnish.kernels.registry import OPS
@@ -232,32 +230,3 @@ def test_copies_of_the_inputs_rotate_and_neighbours_start_on_different_ones():
     Stopwatch("cpu").in_turn(calls, num_rounds=4)
     assert [copy for name, copy in order if name == "a"] == [0, 1, 0, 1]
     assert [copy for name, copy in order if name == "b"] == [1, 0, 1, 0]
-
-
-def test_a_gpu_session_keeps_what_it_has(monkeypatch, tmp_path, capsys):
-    found = [
-        Part("good", ("json.tool", "--help"), 60),
-        Part("bad", ("json.tool", "nowhere.json"), 60),
-        Part("slow", ("http.server", "0", "--bind", "127.0.0.1"), 2),
-        Part("late", ("json.tool", "--help"), -1),
-    ]
-    monkeypatch.setattr(gpu_session, "parts", lambda _folder: found)
-    monkeypatch.setattr(sys, "argv", ["gpu_session.py", str(tmp_path / "results")])
-    assert gpu_session.main() == 1
-    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
-    states = {part["name"]: part["state"] for part in summary}
-    assert states == {"good": "ok", "bad": "failed", "slow": "out of time", "late": "not measured"}
-    assert "usage: " in " ".join(summary[0]["tail"])
-    assert "good: ok" in capsys.readouterr().out
-
-
-def test_the_parts_of_a_gpu_session_are_commands_there_are(tmp_path):
-    from burnish.bench.modes import MODES
-    from burnish.bench.workload import MODELS
-    from burnish.launch.cli import make_parser
-
-    for part in gpu_session.parts(tmp_path):
-        if part.arguments[0] == "burnish.launch.cli":
-            options = make_parser("bench").parse_args(part.arguments[2:])
-            assert options.model in (None, *MODELS)
-            assert set((options.modes or "peft").split(",")) <= set(MODES)

@@ -6,6 +6,8 @@ import sys
 from burnish.bench import gpu_session, suite
 from burnish.bench.benchmark import Choice
 from burnish.bench.gpu_session import Part
+from burnish.bench.modes import MODES
+from burnish.bench.workload import MODELS
 from burnish.launch.cli import make_parser
 
 
@@ -33,6 +35,8 @@ def test_the_parts_are_commands_there_are_and_fit_in_nine_minutes(tmp_path):
     options = [make_parser("bench").parse_args(command) for command in commands]
     assert [one.names for one in options] == [[name] for name in suite.MODULES]
     assert all(one.action == "run" and one.seconds > 0 and one.out == str(tmp_path) for one in options)
+    assert all(one.model in (None, *MODELS) for one in options)
+    assert all(set((one.modes or "peft").split(",")) <= set(MODES) for one in options)
 
 
 def test_every_benchmark_has_rows_for_a_gpu():
