@@ -5,6 +5,7 @@ and no web page can hand it work, and nothing is left behind.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -112,7 +113,7 @@ def _connect(address: str) -> None:
 
 def _start(resources: Resources, folder: Path) -> None:
     token = folder / "token"
-    token.write_text(secrets.token_hex(32), encoding="ascii")
+    token.write_text(_token(), encoding="ascii")
     # Ray switches token authentication on for a cluster made by ray.init; the path keeps its token out of the home.
     os.environ.update(SETTINGS | {"RAY_AUTH_TOKEN_PATH": str(token)})
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -128,6 +129,12 @@ def _start(resources: Resources, folder: Path) -> None:
     )
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@functools.cache
+def _token() -> str:
+    """One for the life of this process: Ray reads it once and shows it to every later cluster too."""
+    return secrets.token_hex(32)
 
 
 def _private_folder() -> Path:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+from burnish.harness.config import Ray
 from burnish.harness.config_io import load_config
 from burnish.harness.errors import ConfigError, TrainingError
 from burnish.harness.run_dir import RunDir
 from burnish.launch import processes, training
+from burnish.launch.ray_cluster import cluster
 from burnish.launch.ray_train import deterministic
+from burnish.launch.resources import detect
 
 WORKER = b"ray::RayTrainWorker"
 
@@ -56,6 +59,12 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_those_of_an_undisturbed_
     assert len(found) == len(expected) == 200
     assert found[:80] == pytest.approx(expected[:80], rel=1e-4)  # two ranks add in another order than one
     assert json.loads(run.summary_json.read_text())["status"] == "finished"
+
+
+def test_a_process_may_start_one_cluster_after_the_other():
+    for _ in range(2):
+        with cluster(Ray(type="ray"), detect()):
+            pass
 
 
 def test_only_what_a_restart_may_cure_is_tried_again():
