@@ -42,7 +42,7 @@ class Cluster:
         """Raises RankFailed if Ray does not start."""
         if self.is_started:
             return
-        from ..harness.config import Ray
+        from ..harness.config_hardware import Ray
         from ..launch.ray_cluster import cluster
         from ..launch.resources import detect
 

@@ -6,9 +6,10 @@ combination cannot be written. Reading files and overrides is `config_io`, error
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from .config_checks import impossible_combinations
+from .config_hardware import Inline, Kernels, Launch, Memory
 from .config_types import (
     Betas,
     Bytes,
@@ -23,23 +24,11 @@ from .config_types import (
     Rank,
     Rate,
     RunName,
+    Section,
     Seed,
     Text,
     as_list,
 )
-
-
-class Section(BaseModel):
-    """A YAML section: immutable, no unknown keys, no NaN or infinity, no conversion but int -> float."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
 
 
 class Model(Section):
@@ -73,6 +62,8 @@ class Nf4(Section):
     type: Literal["nf4"]
     double_quant: bool = True
     """Quantise the block scales as well (saves 0.37 bit per weight)."""
+    embeddings: bool = False
+    """Quantise the input embedding and the output head too; they must not be tied to each other or trained."""
 
 
 class Int8(Section):
@@ -116,13 +107,13 @@ class Source(Section):
     """File, folder, glob, hub id, fsspec URL, package:NAME/FILE, stdlib:docstrings or sklearn:digits."""
     format: Format = "auto"
     """How a row becomes an example; auto looks at the columns."""
-    columns: dict[str, Line] = {}
+    columns: dict[str, Line] = Field(default={})
     """Our column name -> the name in the file, for example {prompt: question, completion: answer}."""
     subset: Line | None = None
     """Configuration name of a hub dataset."""
     split: Line = "train"
     """Split of a hub dataset or datasets folder."""
-    where: dict[str, Annotated[list[str | int | float | bool], Field(min_length=1)]] = {}
+    where: dict[str, Annotated[list[str | int | float | bool], Field(min_length=1)]] = Field(default={})
     """Keep the rows whose column (file's name) has one of these values."""
     limit: Positive | None = None
     """Use only the first rows that pass."""
@@ -190,10 +181,10 @@ class LoraOptions(Section):
     """all-linear = every linear layer but the head; or names / regular expressions of modules."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
-    rank_pattern: dict[Pattern, Rank] = {}
+    rank_pattern: dict[Pattern, Rank] = Field(default={})
     """Rank for the modules that match a name or regular expression."""
-    alpha_pattern: dict[Pattern, Rate] = {}
-    modules_to_save: list[Line] = []
+    alpha_pattern: dict[Pattern, Rate] = Field(default={})
+    modules_to_save: list[Line] = Field(default=[])
     """Modules trained whole and saved with the adapter, for example a new head."""
 
 
@@ -216,7 +207,7 @@ class Full(Section):
 
 class Freeze(Section):
     method: Literal["freeze"]
-    trainable: list[Pattern] = []
+    trainable: list[Pattern] = Field(default=[])
     """Regular expressions; a parameter whose name matches one is trained."""
     last_layers: NotNegative = 0
     """Train the last n transformer blocks or stages."""
@@ -249,6 +240,8 @@ class Adamw8bit(OptimizerBase):
     name: Literal["adamw_8bit"]
     betas: Betas = (0.9, 0.999)
     eps: Rate = 1e-8
+    paged: bool = False
+    """Keep the state in memory that moves between GPU and host as it is needed; needs a GPU."""
 
 
 class Sgd(OptimizerBase):
@@ -299,39 +292,6 @@ class Train(Section):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps and epochs; null removes one")
         return self
-
-
-class Memory(Section):
-    budget: Literal["auto"] | Bytes = "auto"
-    """Bytes a worker may use; auto = what its device has."""
-    zero_stage: Literal["auto"] | Annotated[int, Field(ge=0, le=3)] = "auto"
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """What backward recomputes: none, selective = all but matrix products and attention, full = whole layers."""
-
-
-class Kernels(Section):
-    enabled: Literal["auto"] | bool = "auto"
-    """Fused operations in place of the modules that they recognise; auto = where they can run, true = or refuse."""
-
-
-class Inline(Section):
-    """One process, no Ray."""
-
-    type: Literal["inline"] = "inline"
-
-
-class Ray(Section):
-    type: Literal["ray"]
-    address: Line | None = None
-    """Address of an existing cluster; empty = start one on this machine for this run."""
-    num_workers: Annotated[int, Field(gt=0, le=100_000)] = 1
-    resources_per_worker: dict[Line, Annotated[float, Field(ge=0.001, le=1e6)]] = {}
-    use_gpu: Literal["auto"] | bool = "auto"
-    max_failures: NotNegative = 0
-    """Restarts from the newest checkpoint after a worker dies."""
-
-
-Launch = Annotated[Inline | Ray, Field(discriminator="type")]
 
 
 class Checkpoint(Section):

@@ -61,6 +61,24 @@ def _optimizer_state(config: "Config") -> str | None:
     return None
 
 
+def _offload(config: "Config") -> str | None:
+    memory, stage = config.memory, config.memory.zero_stage
+    if memory.offload_param in ("cpu", "nvme") and stage not in ("auto", 3):
+        return f"memory.offload_param: {memory.offload_param} needs zero_stage 3, not {stage}; leave zero_stage out"
+    if memory.offload_optimizer in ("cpu", "nvme") and stage == 0:
+        return f"memory.offload_optimizer: {memory.offload_optimizer} needs zero_stage 1, 2 or 3; leave zero_stage out"
+    if memory.offload_optimizer == "nvme" and stage not in ("auto", 3):
+        return f"memory.offload_optimizer: nvme needs zero_stage 3, not {stage}; leave zero_stage out"
+    if "nvme" in (memory.offload_optimizer, memory.offload_param) and memory.nvme_path is None:
+        return "memory.nvme_path: nvme offload needs a folder on a local disk"
+    if memory.offload_optimizer in ("cpu", "nvme") and config.optimizer.name != "adamw":
+        return (
+            f"memory.offload_optimizer: {memory.offload_optimizer} works with optimizer.name adamw, not "
+            f"{config.optimizer.name}; use one of the two"
+        )
+    return None
+
+
 def _warmup(config: "Config") -> str | None:
     warmup, steps = config.schedule.warmup_steps, config.train.max_steps
     if warmup is not None and steps is not None and warmup > steps:
@@ -81,7 +99,17 @@ def _nesterov(config: "Config") -> str | None:
     return None
 
 
-COMBINATIONS = (_quantization, _packing, _formats, _one_validation, _optimizer_state, _warmup, _wsd, _nesterov)
+COMBINATIONS = (
+    _quantization,
+    _packing,
+    _formats,
+    _one_validation,
+    _optimizer_state,
+    _offload,
+    _warmup,
+    _wsd,
+    _nesterov,
+)
 
 
 def impossible_combinations(config: "Config") -> list[str]:

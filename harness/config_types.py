@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -97,3 +97,16 @@ Label = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_no_
 Labels = Annotated[list[Label], Field(min_length=2, max_length=100_000), AfterValidator(_unique)]
 Betas = Annotated[tuple[Probability, Probability], Field(strict=False)]
 ModelFields = Annotated[dict[str, Any], AfterValidator(_plain_fields)]
+
+
+class Section(BaseModel):
+    """A YAML section: immutable, no unknown keys, no NaN or infinity, no conversion but int -> float."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )

@@ -31,6 +31,12 @@ class TrainingError(BurnishError):
     exit_code = 5
 
 
+class OutOfMemory(TrainingError):  # noqa: N818
+    """A worker found no memory; a smaller micro-batch may: exit 3 where nothing is left to give."""
+
+    exit_code = 3
+
+
 class Interrupted(BurnishError):  # noqa: N818
     """The user stopped the run and a checkpoint was written: exit 130."""
 

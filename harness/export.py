@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from . import adapters, models
 from .card import model_card
-from .config import Config, Kernels
+from .config import Config
+from .config_hardware import Kernels
 from .errors import ConfigError, TrainingError
 from .evaluate import evaluate
 from .plan import Plan

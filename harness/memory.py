@@ -5,8 +5,8 @@ Activations, logits and the working buffers of an engine come on top. The divisi
 the weights too.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import Quantization
@@ -30,6 +30,35 @@ class Counts:
     def __post_init__(self) -> None:
         assert self.quantized >= 0, self
         assert 0 <= self.trainable <= self.total - self.quantized, self
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak bytes of one worker, by part, on its device, in its share of host memory and in files on nvme.
+
+    On a CPU the device is the host and `host` is empty. `phases` has the device's peak in each phase (load, step,
+    evaluation, save); the parts in `device` are those of the step. `peak_bytes` is what must fit.
+    """
+
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    nvme: Mapping[str, int]
+    phases: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max([sum(self.device.values()), *self.phases.values()])
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def nvme_bytes(self) -> int:
+        return sum(self.nvme.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"peak_bytes": self.peak_bytes}
 
 
 def state_bytes(plan: Plan, counts: Counts) -> dict[str, int]:

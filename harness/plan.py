@@ -7,6 +7,8 @@ from typing import Any, Literal
 from .config import Config
 from .errors import ConfigError, InfeasibleError
 
+Offload = Literal["none", "cpu", "nvme"]
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -19,6 +21,8 @@ class Resources:
     device_memory_bytes: int = 0
     device_name: str = ""
     num_nodes: int = 1
+    nvme_bytes: int = 0
+    """Free bytes below memory.nvme_path on each node; 0 where that is not given."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,10 @@ class Plan:
     gradient_accumulation_steps: int
     engine: Literal["torch", "deepspeed"]
     zero_stage: int
+    offload_optimizer: Offload
+    offload_param: Offload
     activation_checkpointing: Literal["none", "selective", "full"]
+    offload_activations: bool
     num_threads: int
     decisions: tuple[Decision, ...]
 
@@ -78,7 +85,10 @@ def make_plan(config: Config, resources: Resources, *, run_dir: str, cwd: str) -
         gradient_accumulation_steps=accumulation,
         engine=engine,
         zero_stage=zero_stage,
+        offload_optimizer=_given(config.memory.offload_optimizer, "none"),
+        offload_param=_given(config.memory.offload_param, "none"),
         activation_checkpointing=_activation_checkpointing(config, device, decisions),
+        offload_activations=_given(config.memory.offload_activations, False),
         num_threads=_threads(config, resources, world_size, decisions),
         decisions=tuple(decisions),
     )
@@ -132,10 +142,18 @@ def _batch(config: Config, world_size: int, decisions: list[Decision]) -> tuple[
     return micro, per_worker // micro
 
 
+def _given(value: Any, default: Any) -> Any:
+    return default if value == "auto" else value
+
+
 def _engine(config: Config, world_size: int, decisions: list[Decision]) -> tuple[int, Literal["torch", "deepspeed"]]:
-    wanted = config.memory.zero_stage
+    wanted, memory = config.memory.zero_stage, config.memory
     if wanted != "auto":
         stage, why = wanted, "memory.zero_stage"
+    elif memory.offload_param in ("cpu", "nvme") or memory.offload_optimizer == "nvme":
+        stage, why = 3, "what is offloaded is partitioned"
+    elif memory.offload_optimizer == "cpu":
+        stage, why = 2, "what is offloaded is partitioned"
     elif world_size == 1:
         stage, why = 0, "one worker has nothing to partition"
     elif config.optimizer.name in ("adafactor", "adamw_8bit"):

@@ -18,7 +18,8 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from ..harness.config import Config, Ray
+from ..harness.config import Config
+from ..harness.config_hardware import Ray
 from ..harness.errors import ConfigError, InfeasibleError
 from ..harness.plan import Resources
 from .processes import descendants, end

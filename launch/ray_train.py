@@ -17,7 +17,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ..harness.config import Config, Ray
+from ..harness.config import Config
+from ..harness.config_hardware import Ray
 from ..harness.errors import BurnishError, DataError, TrainingError
 from ..harness.plan import Plan, Resources
 from ..harness.run_dir import RunDir

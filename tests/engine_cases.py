@@ -42,7 +42,10 @@ def make_plan(config: Config, *, stage: int = 0, world: int = 1, engine: str = "
         gradient_accumulation_steps=GLOBAL_MICRO_BATCHES // world,
         engine=engine,
         zero_stage=stage,
+        offload_optimizer="none",
+        offload_param="none",
         activation_checkpointing="none",
+        offload_activations=False,
         num_threads=1,
         decisions=(),
     )

@@ -111,7 +111,10 @@ def make_plan(config: Config, *, world: int, stage: int, policy: str) -> Plan:
         gradient_accumulation_steps=1,
         engine="deepspeed" if world > 1 else "torch",
         zero_stage=stage,
+        offload_optimizer="none",
+        offload_param="none",
         activation_checkpointing=policy,
+        offload_activations=False,
         num_threads=1,
         decisions=(),
     )

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from burnish.harness.config import Adamw, Config, Inline
+from burnish.harness.config import Adamw, Config
+from burnish.harness.config_hardware import Inline
 from burnish.harness.config_types import parse_bytes
 from pydantic import ValidationError
 

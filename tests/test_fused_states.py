@@ -170,7 +170,7 @@ sys.modules["triton"] = None
 sys.path.insert(0, sys.argv[1])
 from fusion_cases import make_config, train, make_model
 from burnish.harness.errors import ConfigError
-from burnish.harness.config import Kernels
+from burnish.harness.config_hardware import Kernels
 config = make_config("llama", "lora")
 try:
     make_model("llama", config)

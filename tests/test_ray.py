@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from burnish.harness.config import Ray
+from burnish.harness.config_hardware import Ray
 from burnish.harness.config_io import load_config
 from burnish.harness.errors import ConfigError, TrainingError
 from burnish.harness.run_dir import RunDir

@@ -1,0 +1,48 @@
+"""The sections of the schema about the hardware: memory, kernels, launch. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .config_types import Bytes, Line, NotNegative, Section
+
+
+class Memory(Section):
+    budget: Literal["auto"] | Bytes = "auto"
+    """Bytes a worker may use on its device; auto = what the device has free."""
+    zero_stage: Literal["auto"] | Annotated[int, Field(ge=0, le=3)] = "auto"
+    offload_optimizer: Literal["auto", "none", "cpu", "nvme"] = "auto"
+    """Where optimizer state and master weights lie: none = on the device, cpu = host memory, nvme = files."""
+    offload_param: Literal["auto", "none", "cpu", "nvme"] = "auto"
+    """Where weights lie that no layer is using; needs ZeRO stage 3."""
+    nvme_path: Line | None = None
+    """Folder on a fast local disk for what is offloaded to nvme."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What backward recomputes: none, selective = all but matrix products and attention, full = whole layers."""
+    offload_activations: Literal["auto"] | bool = "auto"
+    """Keep what the forward pass saves in pinned host memory; needs a GPU."""
+
+
+class Kernels(Section):
+    enabled: Literal["auto"] | bool = "auto"
+    """Fused operations in place of the modules that they recognise; auto = where they can run, true = or refuse."""
+
+
+class Inline(Section):
+    """One process, no Ray."""
+
+    type: Literal["inline"] = "inline"
+
+
+class Ray(Section):
+    type: Literal["ray"]
+    address: Line | None = None
+    """Address of an existing cluster; empty = start one on this machine for this run."""
+    num_workers: Annotated[int, Field(gt=0, le=100_000)] = 1
+    resources_per_worker: dict[Line, Annotated[float, Field(ge=0.001, le=1e6)]] = Field(default={})
+    use_gpu: Literal["auto"] | bool = "auto"
+    max_failures: NotNegative = 0
+    """Restarts from the newest checkpoint after a worker dies."""
+
+
+Launch = Annotated[Inline | Ray, Field(discriminator="type")]
