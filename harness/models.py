@@ -4,16 +4,15 @@ import hashlib
 import io
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import GgufConfig
 
 from . import adapters
+from .activations import apply_activation_policy, offload_activations
 from .config import Config
 from .errors import ConfigError
 from .memory import Counts
@@ -236,6 +235,8 @@ def build(plan: Plan, labels: list[str] | None = None) -> nn.Module:
     model = with_kernels(adapters.adapt(model, config), config)
     with explained("memory.activation_checkpointing", plan.activation_checkpointing):
         apply_activation_policy(model, plan.activation_checkpointing)
+    if plan.offload_activations:
+        offload_activations(model)
     return model.train()
 
 
@@ -256,33 +257,6 @@ def with_kernels(model: nn.Module, config: Config) -> nn.Module:
         why = f"nothing in {type(base).__name__} could be fused" if base.fused else "Triton is not installed"
         raise ConfigError(f"kernels.enabled=true: {why}; use auto to run the model as it is")
     return model
-
-
-MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
-"""ATen operations, by the beginning of their names, whose results the selective policy keeps."""
-
-
-def _keep_matrix_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    is_kept = operation.name().removeprefix("aten::").startswith(MATRIX_PRODUCTS)
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def apply_activation_policy(model: nn.Module, policy: str) -> None:
-    """none, selective (recompute all but matrix products and attention) or full (keep only the inputs of layers).
-
-    A fused model is selective of itself: its operations keep nothing else. Non-reentrant, so that frozen embeddings
-    need no detour for gradients to flow.
-    """
-    base: Any = unwrap(model)
-    if policy == "none" or (policy == "selective" and base.fused.get("linears")):
-        return
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    options: dict[str, Any] = {"use_reentrant": False}
-    if policy == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
-    enable(options)
-    if hasattr(base, "disable_input_require_grads"):
-        base.disable_input_require_grads()  # only re-entrant checkpointing needs what transformers has just enabled
 
 
 @torch.no_grad()
