@@ -262,7 +262,7 @@ def planned(method: str, workload: Workload) -> dict[str, int]:
 def figures(row: Row) -> list[Figure]:
     """The peaks at the lengths that all methods share, and the largest size if it is one and not a bound."""
     found = [
-        Figure(f"{row['key']}{SEPARATOR}peak at {probe['tokens']} tokens", "bytes", probe["peak_bytes"], (), "lower")
+        Figure(f"{row['key']}{SEPARATOR}peak at {probe['tokens']} tokens", "peak", probe["peak_bytes"], (), "lower")
         for probe in row["probes"]
         if probe.get("tokens") in row.get("common_tokens", ()) and probe["peak_bytes"] is not None
     ]

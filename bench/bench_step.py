@@ -73,7 +73,7 @@ def figures(row: Row) -> list[Figure]:
     return [
         *found,
         Figure(f"{key} · time", "time", row["time_s"]["median"], row["times_s"], better="lower"),
-        Figure(f"{key} · peak memory", "bytes", row["peak_bytes"], [], better="lower"),
+        Figure(f"{key} · peak memory", "peak", row["peak_bytes"], [], better="lower"),
     ]
 
 

@@ -12,7 +12,8 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 Say = Callable[[str], None]
 State = Literal["ok", "void", "failed", "not measured"]
-Kind = Literal["ratio", "time", "bytes", "count"]
+Kind = Literal["ratio", "time", "bytes", "peak", "count"]
+"""`bytes` are counted and the same every time; a `peak` is what one process took at most."""
 
 NOT_MEASURED = "not measured"
 

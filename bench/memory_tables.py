@@ -12,7 +12,9 @@ LENGTH_HEAD = ("method", "budget", "longest sequence", "peak there", "burnish ta
 MODEL_HEAD = ("method", "budget", "largest model", "weights", "peak there", "planner")
 PEAK_NOTE = {
     "cpu": "Peak: most resident memory in a step less what the process has with its libraries imported and no weight "
-    "loaded (about 0.5 GiB). Every probe is a fresh process that takes two steps; loading does not count.",
+    "loaded (about 0.5 GiB). Every probe is a fresh process that takes two steps; loading does not count. "
+    "Of two equal probes the peaks differ by a few percent, once in six times by 10 to 24 % (the whole suite measured "
+    "twice).",
     "cuda": "Peak: most that torch's allocator has given out in a step, without the CUDA context; GB are decimal, and "
     "a card sold as 24 GB has 24 GiB. Loading does not count.",
 }

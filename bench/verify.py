@@ -19,16 +19,15 @@ from typing import Any
 from ..harness.errors import ConfigError
 from . import document, record, runner, suite
 from .benchmark import Choice, Result, Row, Setting, Table
-from .compare import Change, Comparison, cells, compared
+from .compare import TOLERANCES, Change, Comparison, cells, compared
 from .stats import paired_ratios, quantiles
 
-DRIFT: Mapping[str, float] = {"ratio": 0.25, "time": 1.0, "bytes": 0.10, "count": 0.0, "largest": 0.25}
+DRIFT: Mapping[str, float] = TOLERANCES | {"ratio": 0.25, "time": 1.0, "largest": 0.25}
 """How far a figure measured again may lie from the documented one, by kind.
 
 Ratios are of the same round, but a virtual machine's memory and caches change with its neighbours, and with them what a
-ratio of different work is: a quarter. Times are the machine's own: a factor of 2. Peaks of a process differ by what its
-allocator keeps, and the largest size that fits moves more than they: what a model takes without tokens stays. What is
-counted is the same every time.
+ratio of different work is: a quarter. Times are the machine's own: a factor of 2. The largest size that fits follows
+from peaks, less what a model takes without tokens. What is counted is the same every time.
 """
 NUM_ROUNDS = 7
 """At most, where the caller does not say: enough for drift, and no need of a document's narrow quartiles."""
