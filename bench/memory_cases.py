@@ -4,27 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .benchmark import Choice, Item
-from .workload import MODELS
+from .workload import MODELS, llama
 
 SEPARATOR = " · "
 GB, GIB, MIB = 10**9, 2**30, 2**20
 Init = dict[str, Any]
-
-
-def llama(hidden: int, intermediate: int, num_layers: int, num_heads: int, num_kv_heads: int) -> Init:
-    """The `init` of a config: random weights in the shape of a SmolLM2, whose embedding is its head."""
-    return {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        "tie_word_embeddings": True,
-    }
 
 
 def longer(init: Mapping[str, Any], **changes: int) -> Init:

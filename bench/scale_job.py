@@ -12,33 +12,16 @@ import numpy as np
 from ..harness.config import Config
 from ..harness.data.store import StoreWriter
 from ..harness.plan import Plan, Resources, make_plan
+from .workload import llama
 
 LORA_RANK = 16
 LEARNING_RATE = 1e-3
 NUM_ROWS = 4096
 """Rows of the store; more than a run takes would only cost time."""
-
-
-def _llama(
-    hidden: int, intermediate: int, num_layers: int, num_heads: int, num_kv_heads: int, vocab_size: int
-) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    }
-
-
 MODELS: dict[str, dict[str, Any]] = {
-    "llama-34m": _llama(512, 1536, 8, 8, 4, 16384),
-    "llama-130m": _llama(768, 3072, 12, 12, 4, 32768),
-    "llama-8b-4-layers": _llama(4096, 14336, 4, 32, 8, 32768),
+    "llama-34m": llama(512, 1536, 8, 8, 4, vocab_size=16384),
+    "llama-130m": llama(768, 3072, 12, 12, 4, vocab_size=32768),
+    "llama-8b-4-layers": llama(4096, 14336, 4, 32, 8, vocab_size=32768),
 }
 """Names of random models: the `init` of a config. The last one has the layers of Llama-3 8B."""
 

