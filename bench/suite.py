@@ -7,11 +7,14 @@ from .benchmark import Benchmark
 
 MODULES = {"kernels": ".bench_kernels", "step": ".bench_step", "memory": ".bench_memory", "scale": ".bench_scale"}
 """Each has BENCHMARK = Benchmark(...)."""
+ON_REQUEST = {"limit": ".bench_limit"}
+"""Those that run only where they are named: they need a memory cgroup, or take very long."""
 
 
 def benchmark(name: str) -> Benchmark:
     """Raises ConfigError for one there is not."""
-    if name not in MODULES:
-        raise ConfigError(f"{name!r} is no benchmark; there is {', '.join(MODULES)}")
-    found: Benchmark = import_module(MODULES[name], __package__).BENCHMARK
+    modules = MODULES | ON_REQUEST
+    if name not in modules:
+        raise ConfigError(f"{name!r} is no benchmark; there is {', '.join(modules)}")
+    found: Benchmark = import_module(modules[name], __package__).BENCHMARK
     return found

@@ -15,8 +15,8 @@ MODULES = {
     for path in sorted((ROOT / layer).rglob("*.py"))
 }
 IMPORTERS = {
-    "peft": {"bench.kernel_peers", "bench.peers", "harness.adapters"},
-    "bitsandbytes": {"bench.kernel_peers", "harness.adapters", "harness.bnb"},
+    "peft": {"bench.kernel_peers", "bench.limit_peer", "bench.peers", "harness.adapters"},
+    "bitsandbytes": {"bench.kernel_peers", "harness.adapters", "harness.bnb", "harness.quantized"},
     "liger_kernel": {"bench.kernel_peers"},
     "deepspeed": {"bench.trainers", "harness.zero"},
     "ray": {"bench.scale_cluster", "launch.ray_cluster", "launch.ray_train"},
