@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from ..harness.traffic import Hardware, Link
 from . import scale_tables
 from .benchmark import Benchmark, Choice, Figure, Item, Row, Setting, not_measured
 from .scale_cluster import Cluster, RankFailed, first_line
 from .scale_job import LORA_RANK, MODELS, Job, write_rows
 from .scale_run import described, measure, row_of
-from .scaling import LLAMA_8B, LLAMA_70B, Hardware, Link, Shape, Work, simulate
+from .scaling import LLAMA_8B, LLAMA_70B, Shape, Work, simulate
 from .stats import quantiles
 
 NUM_WORKERS = {"cpu": (4, 2, 1), "cuda": (8, 4, 2, 1)}

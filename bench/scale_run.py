@@ -13,10 +13,11 @@ from statistics import fmean, median
 from typing import Any
 
 from ..harness.memory import FP32_BYTES
+from ..harness.traffic import Collective, sent_bytes, traffic_bytes, traffic_s, zero_traffic
 from .benchmark import Row
 from .scale_cluster import Cluster, free_port
 from .scale_job import Job, write_rows
-from .scaling import BF16_BYTES, Collective, calibrated, one_node, sent_bytes, traffic_bytes, traffic_s, zero_traffic
+from .scaling import BF16_BYTES, calibrated, one_node
 from .stats import paired_ratios, quantiles
 
 NUM_CHECK_STEPS = 3

@@ -1,7 +1,7 @@
 """The `burnish` command: verbs, options, and errors as one sentence and an exit code. Imports no torch.
 
-Exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 6 a benchmark got worse or
-a document is wrong, 130 interrupted.
+Exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 6 a benchmark got worse, a
+document is wrong or a prediction was, 130 interrupted.
 """
 
 import argparse
@@ -36,6 +36,35 @@ class Parser(argparse.ArgumentParser):
 
 def _config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
+
+
+def _bytes(text: str) -> int:
+    """A size such as 24GiB."""
+    from ..harness.config_types import parse_bytes
+
+    try:
+        return int(parse_bytes(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number")
+    return int(text)
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    ask = parser.add_argument_group("for other hardware than what is here (sizes and GPUs are those of one node)")
+    ask.add_argument("--gpus", dest="num_gpus", type=_count, metavar="N", help="GPUs; 0 = plan for the CPU")
+    ask.add_argument("--gpu-memory", dest="gpu_memory_bytes", type=_bytes, metavar="SIZE", help="of each GPU: 24GiB")
+    ask.add_argument("--gpu-name", metavar="NAME", help="its memory and speed from a table: H100, A100, RTX 4090")
+    ask.add_argument("--nodes", dest="num_nodes", type=_count, metavar="N", help="machines of this kind")
+    ask.add_argument("--host-memory", dest="host_memory_bytes", type=_bytes, metavar="SIZE", help="free: 128GiB")
+    ask.add_argument("--nvme", dest="nvme_bytes", type=_bytes, metavar="SIZE", help="free below memory.nvme_path: 1TiB")
+    text = "run two steps here, compare what they take, and keep it for the next plan; exit 6 if 10 %% off or more"
+    parser.add_argument("--verify", action="store_true", help=text)
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +132,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 VERBS = {
     "train": Verb("fine-tune a model", _train),
-    "plan": Verb("what a run would do: batch, choices and why, bytes", _config),
+    "plan": Verb("does a run fit, with which settings and why, and what would make it fit", _plan),
     "data": Verb("audit and preview the data of a config", _config),
     "eval": Verb("validation and test metrics of a finished run", _eval),
     "generate": Verb("answer prompts with a finished run", _generate),
@@ -128,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _Output(is_json="--json" in arguments) as output:
         try:
-            return output.answer(_dispatch(arguments, output))
+            return output.answer(_dispatch(arguments, output, owns_process=argv is None))
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -138,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return output.fail(_explained(error))
 
 
-def _dispatch(arguments: list[str], output: "_Output") -> Any:
+def _dispatch(arguments: list[str], output: "_Output", *, owns_process: bool) -> Any:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return overview()
     if arguments[0] in ("-V", "--version"):
@@ -154,6 +183,7 @@ def _dispatch(arguments: list[str], output: "_Output") -> Any:
             f"{unknown[0]!r} is no option of burnish {verb}{_did_you_mean(unknown[0].split('=')[0], known)}; "
             f"see burnish {verb} --help"
         )
+    options.owns_process = owns_process
     from . import commands
     from .resources import has_gpu_driver
 
@@ -170,7 +200,7 @@ def overview() -> str:
         f"usage: burnish VERB … [--json]\n\n{verbs}\n\n"
         "burnish VERB --help explains a verb; burnish --version tells the version.\n"
         "exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed,\n"
-        "6 a benchmark got worse or a document is wrong, 130 interrupted"
+        "6 a benchmark got worse, a document is wrong or a prediction was, 130 interrupted"
     )
 
 

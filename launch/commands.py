@@ -36,6 +36,7 @@ class Answer:
 def train(options: argparse.Namespace, progress: TextIO) -> Answer:
     from . import training
     from .progress import Progress
+    from .supervisor import can_supervise, supervise
 
     if options.dry_run:
         return plan(options, progress)
@@ -44,9 +45,11 @@ def train(options: argparse.Namespace, progress: TextIO) -> Answer:
         raise ConfigError(f"{paths[0]} is a run directory; add --resume to go on with it, or give its config.yaml")
     config = training.resumed_config(paths, overrides) if options.resume else load_config(paths, overrides)
     mode: training.Mode = "resume" if options.resume else "fresh" if options.fresh else "new"
+    is_split = options.owns_process and config.launch.type == "inline" and can_supervise()
+    killed_since = supervise() if is_split else None
     display = Progress(progress)
     try:
-        run = training.train(config, mode=mode, report=display.report)
+        run = training.train(config, mode=mode, report=display.report, killed_since=killed_since)
     except Interrupted as error:
         how = f"{program()} train {shlex.join(options.config)} --resume"
         raise Interrupted(f"{error}; go on with: {how}") from None
@@ -58,13 +61,25 @@ def train(options: argparse.Namespace, progress: TextIO) -> Answer:
 
 
 def plan(options: argparse.Namespace, _progress: TextIO) -> Answer:
-    from .estimate import estimate, render
-    from .training import find_resources, plan_run
+    from .estimate import estimate
+    from .plan_text import render
+    from .planning import Hardware, planned, supposed
+    from .training import find_resources
 
     config = load_config(*split_config(options.config))
-    resources = find_resources(config)
-    answer = estimate(plan_run(config, resources), resources)
-    return Answer(answer, render(answer))
+    hardware = Hardware(**{name: getattr(options, name, None) for name in Hardware.__dataclass_fields__})
+    is_verified = getattr(options, "verify", False)
+    if is_verified and hardware.is_asked:
+        raise ConfigError("--verify measures on this machine, so it goes with no other hardware; leave one of them out")
+    resources = supposed(find_resources(config), hardware)
+    found = planned(config, resources)
+    answer = estimate(found.plan, resources, found)
+    if not is_verified:
+        return Answer(answer, render(answer))
+    from .verification import verify
+
+    answer["verification"] = verify(found)
+    return Answer(answer, render(answer), exit_code=0 if answer["verification"]["ok"] else 6)
 
 
 def data(options: argparse.Namespace, progress: TextIO) -> Answer:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
@@ -13,20 +14,20 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 """Present where an NVIDIA driver is (Linux, WSL)."""
 QUERY_GPUS = """
 import json, torch
-gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-print(json.dumps([[gpu.name, gpu.total_memory] for gpu in gpus]))
+gpus = range(torch.cuda.device_count())
+print(json.dumps([[torch.cuda.get_device_properties(i).name, torch.cuda.mem_get_info(i)[0]] for i in gpus]))
 """
 QUERY_TIMEOUT_S = 120
 
 
 def detect() -> Resources:
-    """The devices, cores and memory that this process may use."""
+    """The devices, cores and memory that this process may use; of the memory, what is free now."""
     gpus = visible_gpus()
     return Resources(
         device="cuda" if gpus else "cpu",
         num_devices=len(gpus),
         num_cpus=num_cpus(),
-        host_memory_bytes=memory_bytes(),
+        host_memory_bytes=available_bytes(),
         device_memory_bytes=min((size for _, size in gpus), default=0),
         device_name=gpus[0][0] if gpus else "",
     )
@@ -37,7 +38,7 @@ def has_gpu_driver() -> bool:
 
 
 def visible_gpus() -> list[tuple[str, int]]:
-    """Name and bytes of every GPU that torch can use.
+    """Name of every GPU that torch can use, and the bytes that a process with a CUDA context has left on it.
 
     Asked in a process of its own: a launcher that touches CUDA itself takes memory from the workers.
     """
@@ -55,7 +56,7 @@ def visible_gpus() -> list[tuple[str, int]]:
 def num_cpus(root: Path = Path("/")) -> int:
     """Cores of this process's affinity mask, or fewer where a cgroup's quota allows fewer; at least 1."""
     count = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for folder in _cgroups(root, "cpu"):
+    for folder in cgroups(root, "cpu"):
         for quota, period in (_pair(folder / "cpu.max"), (_number(folder / "cpu.cfs_quota_us"), None)):
             if quota is not None and quota > 0:
                 count = min(count, quota / (period or _number(folder / "cpu.cfs_period_us") or 100_000))
@@ -65,13 +66,43 @@ def num_cpus(root: Path = Path("/")) -> int:
 def memory_bytes(root: Path = Path("/")) -> int:
     """Memory of the machine, or the smallest cgroup limit above this process."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for folder in _cgroups(root, "memory"):
+    for folder in cgroups(root, "memory"):
         found = (_number(folder / "memory.max"), _number(folder / "memory.limit_in_bytes"))
         limits += [int(limit) for limit in found if limit is not None and limit > 0]
     return min(limits)
 
 
-def _cgroups(root: Path, controller: str) -> list[Path]:
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping: on the machine, and below every cgroup limit above this process.
+
+    What the kernel keeps of files counts as free, in a cgroup too: it is given up before anything is refused.
+    """
+    found = [memory_bytes(root)]
+    text = _text(root / "proc/meminfo")
+    if match := re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE):
+        found.append(1024 * int(match[1]))
+    for folder in cgroups(root, "memory"):
+        limits = (_number(folder / "memory.max"), _number(folder / "memory.limit_in_bytes"))
+        used = (_number(folder / "memory.current"), _number(folder / "memory.usage_in_bytes"))
+        stat = dict(re.findall(r"^(\w+) (\d+)$", _text(folder / "memory.stat"), re.MULTILINE))
+        files = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+        for limit, taken in zip(limits, used, strict=True):
+            if limit is not None and limit > 0 and taken is not None:
+                found.append(max(0, int(limit - max(0, taken - files))))
+    return min(found)
+
+
+def free_disk_bytes(path: str) -> int:
+    """Free bytes where the folder is, or would be; 0 where that cannot be told."""
+    folder = Path(path).absolute()
+    existing = next((part for part in (folder, *folder.parents) if part.exists()), None)
+    try:
+        return shutil.disk_usage(existing).free if existing else 0
+    except OSError:
+        return 0
+
+
+def cgroups(root: Path, controller: str) -> list[Path]:
     """Folders of this process's cgroup and all above it, version 2 or the controller's tree of version 1."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -88,12 +119,17 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
     return folders
 
 
+def _text(file: Path) -> str:
+    """What is in the file; nothing where it cannot be read."""
+    try:
+        return file.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+
+
 def _number(file: Path) -> float | None:
     """The number in a cgroup file; None if there is no such file or no limit in it."""
-    try:
-        text = file.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
+    text = _text(file).strip()
     return float(text) if re.fullmatch(r"-?\d+", text) else None
 
 

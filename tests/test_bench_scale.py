@@ -14,7 +14,7 @@ from burnish.bench.collectives import Call, Recorder, loopback_bytes, waited_s
 from burnish.bench.scale_cluster import Cluster, RankFailed
 from burnish.bench.scale_job import Job, write_rows
 from burnish.bench.scale_run import Measured, formula, row_of
-from burnish.bench.scaling import Collective
+from burnish.harness.traffic import Collective
 from burnish.launch import processes
 from distributed import on_ranks
 

@@ -12,7 +12,17 @@ from burnish.launch.cli import VERBS, main, make_parser, overview
 
 SURFACE = {
     "train": ["CONFIG | section.key=value+", "--resume", "--fresh", "--dry-run", "--json"],
-    "plan": ["CONFIG | section.key=value+", "--json"],
+    "plan": [
+        "CONFIG | section.key=value+",
+        "--gpus N",
+        "--gpu-memory SIZE",
+        "--gpu-name NAME",
+        "--nodes N",
+        "--host-memory SIZE",
+        "--nvme SIZE",
+        "--verify",
+        "--json",
+    ],
     "data": ["CONFIG | section.key=value+", "--json"],
     "eval": ["RUN", "--split validation|test", "--json"],
     "generate": ["RUN", "--prompt TEXT", "--max-new-tokens N", "--temperature T", "--json"],
@@ -109,6 +119,8 @@ MISTAKES = {
     "bad format": (["export", "nowhere", "--out", "x", "--format", "pickle"], 2, "adapter"),
     "bad split": (["eval", "nowhere", "--split", "train"], 2, "validation"),
     "bad number": (["generate", "nowhere", "--temperature", "hot"], 2, "--temperature"),
+    "bad size": (["plan", "x.yaml", "--gpu-memory", "24GIG"], 2, "give a size such as 24GiB"),
+    "bad count": (["plan", "x.yaml", "--gpus", "four"], 2, "give a whole number"),
     "config without action": (["config"], 2, "required"),
     "config show without file": (["config", "show"], 2, "needs a config file"),
 }
