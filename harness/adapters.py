@@ -28,8 +28,10 @@ def torch_dtype(config: Config) -> torch.dtype:
 
 
 def quantization_config(config: Config, *, skip: list[str]) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings for from_pretrained; `skip` are modules left unquantised. None without quantization."""
+    """Settings of bitsandbytes; `skip` are modules left unquantised. None without quantization."""
     quantization = config.quantization
+    if wants_embeddings(config) and config.task.type == "causal_lm":
+        skip = []  # the head of a language model is an embedding
     if quantization.type == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -41,6 +43,30 @@ def quantization_config(config: Config, *, skip: list[str]) -> BitsAndBytesConfi
     if quantization.type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return None
+
+
+def wants_embeddings(config: Config) -> bool:
+    return config.quantization.type == "nf4" and config.quantization.embeddings
+
+
+def quantized_embeddings(model: Any, config: Config) -> list[str]:
+    """Name of the input embedding if it is quantised too. Raises ConfigError where it cannot be."""
+    if not wants_embeddings(config):
+        return []
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise ConfigError("quantization.embeddings: this model has no embedding of tokens; leave it out")
+    if head is not None and head.weight is table.weight:
+        raise ConfigError(
+            "quantization.embeddings: the input embedding and the output head of this model are one matrix "
+            "(tie_word_embeddings), which stays as it is; leave it out"
+        )
+    return [name for name, module in model.named_modules() if module is table]
+
+
+def quantized_heads(model: nn.Module, config: Config) -> list[str]:
+    """Name of the output embedding if it is quantised too; other heads are trained."""
+    return head_names(model) if wants_embeddings(config) and config.task.type == "causal_lm" else []
 
 
 def keep_nf4_layout(model: nn.Module) -> None:
@@ -176,6 +202,8 @@ def _modules_to_save(model: nn.Module, config: Config) -> list[str]:
     tied = getattr(model.config, "tie_word_embeddings", False) and model.get_output_embeddings()  # type: ignore[operator]
     embeddings = {id(model.get_input_embeddings()), id(tied)} if tied else set()  # type: ignore[operator]
     for name in chosen:
+        if any(hasattr(weight, "quant_state") for weight in model.get_submodule(name).parameters()):
+            raise ConfigError(f"adapter.modules_to_save: {name} is quantised and cannot be trained; leave it out")
         if id(model.get_submodule(name)) in embeddings:
             raise ConfigError(
                 f"adapter.modules_to_save: {name} shares its weights with another module of this model, so training "

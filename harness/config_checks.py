@@ -21,8 +21,6 @@ def _quantization(config: "Config") -> str | None:
         return "adapter.method: qlora needs quantization.type nf4 or int8 (or use method lora)"
     if is_quantized and method != "qlora":
         return f"quantization.type: a quantised base cannot be trained with adapter.method {method}; use qlora"
-    if is_quantized and config.model.init is not None:
-        return "quantization.type: there are no weights to quantise; give model.path instead of model.init"
     return None
 
 
@@ -76,6 +74,15 @@ def _offload(config: "Config") -> str | None:
             f"memory.offload_optimizer: {memory.offload_optimizer} works with optimizer.name adamw, not "
             f"{config.optimizer.name}; use one of the two"
         )
+    return None
+
+
+def needs_gpu(config: "Config") -> str | None:
+    """What a run on a CPU cannot do although its config asks for it; None if there is nothing."""
+    if config.memory.offload_activations is True:
+        return "memory.offload_activations: true moves them from a GPU to the host; on a CPU leave it out"
+    if config.optimizer.name == "adamw_8bit" and config.optimizer.paged:
+        return "optimizer.paged: true moves state between a GPU and the host; on a CPU leave it out"
     return None
 
 

@@ -27,6 +27,7 @@ from .config_hardware import Kernels
 from .errors import ConfigError, TrainingError
 from .evaluate import evaluate
 from .plan import Plan
+from .quantized import dequantized
 from .run_dir import RunDir
 from .tasks import Batch, get_task
 from .tasks.common import accepts, unwrap
@@ -200,7 +201,7 @@ def _export_merged(config: Config, source: Path, folder: Path, labels: list[str]
     own = _logits(model, probe)
     if config.quantization.type != "none":
         del model
-        dense = models.load_model(config, labels=labels).dequantize(adapters.torch_dtype(config))  # type: ignore[operator]
+        dense = dequantized(models.load_model(config, labels=labels), adapters.torch_dtype(config))
         model = adapters.load_adapter(dense, str(source), config)
     if adapters.is_adapter(config):
         model = adapters.merge(model)

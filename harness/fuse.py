@@ -30,6 +30,7 @@ from .fused import (
     Group,
     NormKind,
 )
+from .mapping import is_mapped
 from .tasks.common import accepts, unwrap
 from .trace import Trace, trace
 
@@ -161,7 +162,7 @@ def probe_inputs(model: Any) -> dict[str, Any]:
         size = getattr(model.config, "image_size", ANY_IMAGE_SIZE)
         shape = (1, model.config.num_channels, *(size if isinstance(size, tuple | list) else (size, size)))
         return {"pixel_values": torch.randn(shape, device=parameter.device, dtype=parameter.dtype)}
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(1, 9, device=parameter.device) * 7 % vocabulary)[None]
     inputs: dict[str, Any] = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):
@@ -200,6 +201,8 @@ def pack_weights(group: Group) -> None:
     bases = [member.base_layer for member in group.members]
     weights = [base.weight for base in bases]
     is_dense = all(type(base) is nn.Linear and base.weight.is_floating_point() for base in bases)
+    if any(is_mapped(weight) for weight in weights):
+        return  # a copy would be this process's own, of memory that all processes share
     if len(weights) < 2 or not is_dense or len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1:
         return
     rows = torch.cat([weight.data for weight in weights])
@@ -347,7 +350,7 @@ def attention_plan(module: Any, call: Any, groups: list[Group]) -> AttentionPlan
 def fuse_head(base: Any, seen: Trace, swaps: Swaps) -> bool:
     """The output embedding, where the model's logits are its output, soft-capped or not."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if type(head) is not nn.Linear or seen.head_input is None or not accepts(base, "logits_to_keep"):
+    if not fused.is_plain_linear(head) or seen.head_input is None or not accepts(base, "logits_to_keep"):
         return False
     cap = getattr(base.config, "final_logit_softcapping", None)
     logits = head(seen.head_input)

@@ -23,7 +23,7 @@ from ..kernels.glu import glu
 from ..kernels.layer_norm import layer_norm
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.lora_linear import Projection, lora_linear
-from ..kernels.nf4_dequant import Nf4Weight
+from ..kernels.nf4_dequant import Nf4Weight, nf4_dequant
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope import rope
 from ..kernels.shrink import MAX_LANES, Shrink, draw_seed
@@ -53,6 +53,18 @@ def frozen_weight(base: nn.Module) -> tuple[Tensor, Nf4Weight | None] | None:
     if isinstance(base, Conv1D):
         return weight.t(), None
     return (weight, None) if type(base) is nn.Linear else None
+
+
+def is_plain_linear(module: Any) -> bool:
+    """A linear layer, dense or in NF4, without an adapter."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and getattr(state, "quant_type", "") == "nf4")
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a plain linear layer; one in NF4 is dense only while the caller holds it."""
+    state = getattr(module.weight, "quant_state", None)
+    return module.weight if state is None else nf4_dequant(Nf4Weight.from_quant_state(module.weight, state))
 
 
 def projection_of(module: Any) -> Projection | None:
@@ -347,7 +359,7 @@ class FusedHead:
         assert self.targets.shape == hidden_states.shape[:-1], (self.targets.shape, hidden_states.shape)
         loss_sum, self.num_right = linear_cross_entropy(
             hidden_states.flatten(0, -2),
-            self.weight,  # type: ignore[attr-defined]
+            dense_weight(self),  # type: ignore[arg-type]
             self.targets.flatten(),
             bias=self.bias,  # type: ignore[attr-defined]
             label_smoothing=self.label_smoothing,

@@ -2,9 +2,13 @@
 
 import hashlib
 import io
-from contextlib import redirect_stderr
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +18,13 @@ from transformers import GgufConfig
 from . import adapters
 from .activations import apply_activation_policy, offload_activations
 from .config import Config
+from .drawing import outline
 from .errors import ConfigError
+from .loading import Dense, Keep, facts_of, in_memory, kept, load_mapped, name_origin, weight_files
 from .memory import Counts
 from .plan import Plan
 from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
+from .quantized import Quantizing, quantizing
 from .tasks import get_task
 from .tasks.common import accepts, unwrap
 
@@ -53,14 +60,27 @@ def load_model(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.seed if seed is None else seed)
         origin = model_origin(config)
-        model = _random(config, model_config) if origin is None else _load(config, origin, model_config, device=device)
+        if origin is None:
+            model = _random(config, model_config, device=device)
+        else:
+            model = _load(config, origin, model_config, device=device)
         if origin is not None and has_other_labels:
             _draw_head(model)
     adapters.keep_nf4_layout(model)
     model.origin_name = origin.name if origin else None
     _check_vocabulary(model, config)
     model.base_fingerprint = fingerprint(model)
-    return model.eval() if config.quantization.type != "none" else model.to(device).eval()
+    return _on_device(model, device).eval()
+
+
+def _on_device(model: nn.Module, device: str) -> nn.Module:
+    """The model there; quantised weights are where they were made."""
+    if not getattr(model, "is_quantized", False):
+        return model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(device)
+    return model
 
 
 def _set_labels(model_config: Any, labels: list[str] | None) -> None:
@@ -83,64 +103,123 @@ def _attention(config: Config) -> dict[str, Any]:
     return {} if chosen == "auto" else {"attn_implementation": chosen}
 
 
-def _random(config: Config, model_config: Any) -> Any:
+def _random(config: Config, model_config: Any, *, device: str) -> Any:
     auto = get_task(config.task.type).auto_class()
+    make = partial(auto.from_config, model_config, dtype=adapters.torch_dtype(config), **_attention(config))
     with explained("model.init", str(model_config.model_type)):
-        model = auto.from_config(model_config, dtype=adapters.torch_dtype(config), **_attention(config))
+        model = make() if config.quantization.type == "none" else _random_quantized(config, make, device=device)
     model.new_modules = ()
+    return model
+
+
+def _random_quantized(config: Config, make: Callable[[], Any], *, device: str) -> Any:
+    """The random model that `make` makes, quantised matrix by matrix as its numbers are drawn."""
+    made = outline(make)
+    model = made.model
+    quantization = adapters.quantization_config(config, skip=adapters.head_names(model) + _poolers(model))
+    assert quantization is not None, config.quantization
+    embeddings = adapters.quantized_embeddings(model, config)
+    todo = quantizing(model, quantization, device=device, embeddings=embeddings)
+    todo.run(device=device, dense=made.draw)
+    drawn: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                if id(weight) not in drawn:  # tied modules have one
+                    drawn[id(weight)] = nn.Parameter(made.draw(weight), requires_grad=weight.requires_grad)
+                setattr(module, name, drawn[id(weight)])
     return model
 
 
 def _load(config: Config, origin: Origin, model_config: Any, *, device: str) -> Any:
     check_files(origin, model_config)
-    auto, is_lm = get_task(config.task.type).auto_class(), config.task.type == "causal_lm"
-    options: dict[str, Any] = {
-        "dtype": adapters.torch_dtype(config),
-        "trust_remote_code": config.model.trust_remote_code,
-    }
-    options |= origin.options() | _attention(config)
+    is_lm = config.task.type == "causal_lm"
     with explained("model.path", origin.name):
-        heads, poolers = _head_names(config, model_config)
+        empty = _empty(config, model_config)
+        heads, poolers = adapters.head_names(empty), _poolers(empty)
         quantization = adapters.quantization_config(config, skip=heads + poolers)
-        if origin.gguf_file:
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        elif quantization is not None:
-            options |= {"quantization_config": quantization, "device_map": {"": device}}
-        with redirect_stderr(io.StringIO()):  # the progress bar of the GGUF reader has no switch
-            model, info = auto.from_pretrained(
-                origin.path,
-                config=model_config,
-                use_safetensors=None if origin.gguf_file else True,
-                ignore_mismatched_sizes=not is_lm,
-                output_loading_info=True,
-                **options,
-            )
-        _check_loaded(model, info, may_be_new=[] if is_lm else heads + poolers, name=origin.name)
-        if origin.gguf_file and quantization is not None:
-            model = _quantize(model, quantization, device=device)
-    new = {name.rpartition(".")[0] for name in info["missing_keys"] if _is_inside(name, poolers)}
-    model.new_modules = tuple(sorted(new))
-    return model
+        files = None if config.model.trust_remote_code else weight_files(origin, model_config)
+        dense = _from_files(config, origin, model_config, type(empty), files)
+        if dense is None:
+            dense = _from_name(config, origin, model_config, quantization=quantization, device=device)
+        _check_loaded(dense.model, dense.info, may_be_new=[] if is_lm else heads + poolers, name=origin.name)
+        if not getattr(dense.model, "is_quantized", False):
+            todo = None
+            if quantization is not None:
+                embeddings = adapters.quantized_embeddings(dense.model, config)
+                todo = quantizing(dense.model, quantization, device=device, embeddings=embeddings)
+            _finish(dense, todo, device=device, shelf=_shelf(config, files, device=device))
+    new = {name.rpartition(".")[0] for name in dense.info["missing_keys"] if _is_inside(name, poolers)}
+    dense.model.new_modules = tuple(sorted(new))
+    return dense.model
 
 
-def _quantize(model: Any, quantization: Any, *, device: str) -> Any:
-    """The same model with its linear layers quantised (a GGUF file cannot be quantised while it is read)."""
-    return type(model).from_pretrained(
-        None,
-        config=model.config,
-        state_dict=model.state_dict(),
-        dtype=model.dtype,
-        quantization_config=quantization,
-        device_map={"": device},
-    )
+def _options(config: Config, model_config: Any) -> dict[str, Any]:
+    """Arguments of every from_pretrained that loads weights."""
+    options = {"config": model_config, "dtype": adapters.torch_dtype(config), "output_loading_info": True}
+    return options | {"ignore_mismatched_sizes": config.task.type != "causal_lm"} | _attention(config)
 
 
-def _head_names(config: Config, model_config: Any) -> tuple[list[str], list[str]]:
-    """Names of the head's modules, and of the poolers inside the backbone, found on an empty model."""
+def _from_files(
+    config: Config, origin: Origin, model_config: Any, kind: type[Any], files: list[str] | None
+) -> Dense | None:
+    """A model of this class with its weights mapped; None where that cannot be."""
+    if files is None:
+        return None
+    state = torch.get_rng_state()
+    load = partial(kind.from_pretrained, None, **_options(config, model_config))
+    dense = load_mapped(files, load, adapters.torch_dtype(config))
+    if dense is None:
+        torch.set_rng_state(state)
+    else:
+        name_origin(dense.model, origin)
+    return dense
+
+
+def _from_name(config: Config, origin: Origin, model_config: Any, *, quantization: Any, device: str) -> Dense:
+    """The model as transformers finds and reads it; one that is stored quantised stays so."""
+    options = _options(config, model_config) | origin.options()
+    options["trust_remote_code"] = config.model.trust_remote_code
+    if origin.gguf_file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    elif quantization is not None and hasattr(model_config, "quantization_config"):
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    auto = get_task(config.task.type).auto_class()
+    with redirect_stderr(io.StringIO()):  # the progress bar of the GGUF reader has no switch
+        model, info = auto.from_pretrained(origin.path, use_safetensors=None if origin.gguf_file else True, **options)
+    return Dense(model, info, {})
+
+
+def _shelf(config: Config, files: list[str] | None, *, device: str) -> Callable[..., AbstractContextManager[Keep]]:
+    """Where what is made of these files is kept: beside the runs on a CPU, where all processes can use it in place."""
+    if files is None or torch.device(device).type != "cpu":
+        return lambda shapes: nullcontext(in_memory)
+    folder = Path(os.path.abspath(config.data.cache_dir or os.path.join(config.runs_dir, ".cache")))
+    form = [config.model.dtype, config.quantization.model_dump(mode="json")]
+    return partial(kept, folder, owner=repr([files, form]), facts=[facts_of(files), form])
+
+
+def _finish(
+    dense: Dense, todo: Quantizing | None, *, device: str, shelf: Callable[..., AbstractContextManager[Keep]]
+) -> None:
+    """Quantises and casts what is left to do, tensor by tensor."""
+    names = {f"{name}.weight" for name in todo.modules} if todo else set()
+    casts = {name: weight for name, weight in dense.waiting().items() if name not in names}
+    shapes = {f"{name}.values": (weight.dtype, tuple(weight.shape)) for name, weight in casts.items()}
+    with shelf(shapes=(todo.shapes() if todo else {}) | shapes) as keep:
+        if todo:
+            todo.run(device=device, dense=dense.values, keep=keep)
+        for name, weight in casts.items():
+            weight.data = keep(name, lambda found=weight: {"values": dense.values(found).to(device)})["values"]
+    for buffer in dense.model.buffers():
+        buffer.data = dense.values(buffer)
+
+
+def _empty(config: Config, model_config: Any) -> Any:
+    """The model without weights."""
     with torch.device("meta"):
         auto = get_task(config.task.type).auto_class()
-        empty = auto.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
-    return adapters.head_names(empty), _poolers(empty)
+        return auto.from_config(model_config, trust_remote_code=config.model.trust_remote_code)
 
 
 def _poolers(model: nn.Module) -> list[str]:
@@ -172,7 +251,7 @@ def _check_vocabulary(model: Any, config: Config) -> None:
     own, given = model.origin_name, config.model.tokenizer
     if config.task.type == "image_classification" or (given is None and (own is None or own.endswith(".gguf"))):
         return  # no text, no tokenizer, or both out of one file
-    size, rows = len(load_tokenizer(config)), model.get_input_embeddings().weight.shape[0]
+    size, rows = len(load_tokenizer(config)), model.get_input_embeddings().num_embeddings
     if size > rows:
         raise ConfigError(
             f"model.tokenizer={given or own} has {size} tokens but the model has embeddings for {rows} only"
@@ -218,8 +297,9 @@ def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
             model_config, dtype=adapters.torch_dtype(config), trust_remote_code=config.model.trust_remote_code
         )
         model.new_modules = ()
-        linear = set(adapters.linear_names(model, excluded=_poolers(model)))
-        quantizable = sum(m.weight.numel() for name, m in model.named_modules() if name in linear)
+        chosen = {*adapters.linear_names(model, excluded=_poolers(model))}
+        chosen |= {*adapters.quantized_embeddings(model, config), *adapters.quantized_heads(model, config)}
+        quantizable = sum(m.weight.numel() for name, m in model.named_modules() if name in chosen)
         model = adapters.adapt(model, config)
     counts = _count(model)
     return replace(counts, quantized=0 if config.quantization.type == "none" else quantizable)

