@@ -160,8 +160,9 @@ def filled_configs(config: Config, default: Plan, resources: Resources) -> Itera
 
 def _places(config: Config, resources: Resources, *, is_gpu: bool) -> tuple[str, ...]:
     """Where what is offloaded may go. On a CPU, host memory is where it is already."""
-    disk = ("nvme",) if config.memory.nvme_path is not None and resources.nvme_bytes > 0 else ()
-    return ("none", *(("cpu",) if is_gpu else ()), *disk)
+    has_disk = config.memory.nvme_path is not None and resources.nvme_bytes > 0
+    usable = {"cpu": is_gpu, "nvme": has_disk}
+    return ("none", *(place for place in resources.offload_places if usable[place]))
 
 
 def _is_sensible(settings: Mapping[str, Any], config: Config, default: Plan) -> bool:

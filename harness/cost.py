@@ -4,7 +4,8 @@ A model, not a measurement: multiplications at a stated speed, what memory, link
 examples are taken to be as long as data.max_length allows. Only what differs between candidates has to be right.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .devices import Speeds
@@ -51,7 +52,9 @@ def estimate(plan: Plan, profile: Profile, speeds: Speeds) -> Cost:
     compute_s = micro_batches * (sum(pass_s) + recompute_s + passes * unpacked / speeds.memory_bytes_per_s)
     optimizer_s = _optimizer_s(plan, profile, speeds)
     traffic = _traffic(plan, profile)
-    communication_s = traffic_s(traffic, plan.world_size, speeds.fabric) if plan.world_size > 1 else 0.0
+    # Where the workers do not fill whole nodes, the model counts smaller nodes.
+    per_node = math.gcd(plan.world_size, speeds.fabric.gpus_per_node)
+    communication_s = traffic_s(traffic, plan.world_size, replace(speeds.fabric, gpus_per_node=per_node))
     offload_s, offload_bytes = _offload(plan, profile, speeds)
     return Cost(
         step_s=overlapped_step_s(compute_s, communication_s + offload_s, speeds.overlap) + optimizer_s,

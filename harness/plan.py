@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .config import Config
+from .config_checks import needs_gpu
 from .errors import ConfigError, InfeasibleError
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -12,7 +13,7 @@ Offload = Literal["none", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class Resources:
-    """What the host or cluster has. Devices and CPUs are counted over all nodes; bytes are per device and per node."""
+    """What the host or cluster has free. Devices and CPUs are counted over all nodes; bytes are per device and node."""
 
     device: Literal["cpu", "cuda"]
     num_devices: int
@@ -23,6 +24,8 @@ class Resources:
     num_nodes: int = 1
     nvme_bytes: int = 0
     """Free bytes below memory.nvme_path on each node; 0 where that is not given."""
+    offload_places: tuple[Literal["cpu", "nvme"], ...] = ("cpu", "nvme")
+    """Where state can be offloaded to, as far as tools and libraries of the host are concerned."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,13 @@ class Plan:
 def make_plan(config: Config, resources: Resources, *, run_dir: str, cwd: str) -> Plan:
     """Decides world size, batch arithmetic, engine, ZeRO stage and threads.
 
-    Raises InfeasibleError if the workers asked for cannot be had, ConfigError if the batch cannot be divided.
+    Raises InfeasibleError if the workers asked for cannot be had, ConfigError if the batch cannot be divided or
+    a CPU lacks what the config asks for.
     """
     decisions: list[Decision] = []
     world_size, device = _world(config, resources, decisions)
+    if device == "cpu" and (sentence := needs_gpu(config)):
+        raise ConfigError(sentence)
     micro, accumulation = _batch(config, world_size, decisions)
     zero_stage, engine = _engine(config, world_size, decisions)
     return Plan(
@@ -172,7 +178,7 @@ def _activation_checkpointing(
     wanted = config.memory.activation_checkpointing
     if wanted != "auto":
         return wanted
-    decisions.append(Decision("activation_checkpointing", "none", "faster; set it to full if memory runs out"))
+    decisions.append(Decision("activation_checkpointing", "none", "nothing is computed twice"))
     return "none"
 
 
