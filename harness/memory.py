@@ -6,120 +6,18 @@ the ZeRO paper (arXiv 1910.02054, section 5): stage 1 divides optimizer state an
 well, stage 3 the weights too.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from .config import Quantization
+from .moments import DTYPE_BYTES, FP32_BYTES, moments_of_step
 from .plan import Plan
+from .profile_numbers import Counts, Profile
 
-FP32_BYTES = 4
-DTYPE_BYTES = {"fp32": FP32_BYTES, "bf16": 2}
 NF4_BLOCK = 64
 NF4_SCALE_BLOCK = 256
 ADAM_8BIT_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Numbers of parameters. `quantized` of the `total` are kept in the quantised form; those are never trained."""
-
-    total: int
-    trainable: int
-    quantized: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.quantized >= 0, self
-        assert 0 <= self.trainable <= self.total - self.quantized, self
-
-
-@dataclass(frozen=True)
-class Line:
-    """Bytes by the size of a micro-batch: `per_pair` is of two tokens of one example, where attention keeps scores."""
-
-    fixed: float = 0.0
-    per_token: float = 0.0
-    per_pair: float = 0.0
-
-    def at(self, num_tokens: int, length: int) -> int:
-        return math.ceil(self.fixed + num_tokens * (self.per_token + length * self.per_pair))
-
-
-@dataclass(frozen=True)
-class HeadCost:
-    """Bytes that the head and the loss need at most: a chunk's logits exist for `chunk_tokens` at a time, if set."""
-
-    fixed: float = 0.0
-    per_token: float = 0.0
-    per_logits_row: float = 0.0
-    chunk_tokens: Mapping[str, int] | None = None
-    """Device -> tokens of a chunk; None where all logits exist at a time."""
-
-    def at(self, num_tokens: int, device: str) -> int:
-        rows = num_tokens if self.chunk_tokens is None else min(num_tokens, self.chunk_tokens[device])
-        return math.ceil(self.fixed + num_tokens * self.per_token + rows * self.per_logits_row)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What forward and backward take under one activation policy, beyond weights and gradients."""
-
-    layer_saved: Line
-    """What one layer keeps from its forward to its backward."""
-    outside_saved: Line
-    """What is kept once: embeddings, positions, masks, and scratch that stays allocated."""
-    forward_working: Line
-    """The most that a layer's forward has beyond what is saved up to its end."""
-    backward_working: Line
-    """The most that a layer's backward has beyond what is saved up to it: recomputed activations among them."""
-    head: HeadCost
-    embedding_working: Line
-    """The most that the backward of the embedding has, when nothing is saved any more."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A model under a config, in plain numbers. A model without a list of layers is one layer."""
-
-    counts: Counts
-    num_layers: int
-    layer: Counts
-    """Of the largest layer, adapters included."""
-    embedding: Counts
-    head: Counts
-    """Of the output head; empty where it is the embedding."""
-    largest_tensor: int
-    """Weights of the largest parameter."""
-    largest_quantized: int
-    """Weights of the largest quantised matrix."""
-    num_trained_tensors: int
-    trained_small: int
-    """Trained weights in tensors of one dimension."""
-    buffer_bytes: int
-    hidden_size: int
-    vocab_size: int
-    is_per_example: bool
-    """Whether a token stands for a whole example (images)."""
-    policies: Mapping[str, Activations]
-    """none, selective and full."""
-    evaluation: Activations
-    """Forward alone, in evaluation."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Profile":
-        """Raises TypeError or KeyError for what is no profile."""
-        counts = {name: Counts(**fields[name]) for name in ("counts", "layer", "embedding", "head")}
-        policies = {name: _activations(found) for name, found in fields["policies"].items()}
-        return cls(**{**fields, **counts, "policies": policies, "evaluation": _activations(fields["evaluation"])})
-
-
-def _activations(fields: Mapping[str, Any]) -> Activations:
-    lines = {name: Line(**found) for name, found in fields.items() if name != "head"}
-    return Activations(**lines, head=HeadCost(**fields["head"]))
 
 
 class Overheads(Protocol):
@@ -175,9 +73,17 @@ class Prediction:
 
 def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) -> Prediction:
     """The peak of the rank that has most."""
-    parts = state_bytes(plan, profile.counts)
-    total = parts.pop("total")
-    return Prediction(device=parts, host={}, nvme={}, phases={"load": parts["weights"], "step": total})
+    overhead = calibration or OVERHEAD[plan.device]
+    lasting = state_bytes(plan, profile.counts)
+    del lasting["total"], lasting["gradients"]
+    moments = moments_of_step(plan, profile)
+    fullest = max(moments.values(), key=lambda moment: sum(moment.values()))
+    come_and_go = sum(fullest.values())
+    fullest["allocator"] = overhead.process_bytes + round(overhead.allocator_share * come_and_go)
+    device = lasting | fullest
+    return Prediction(
+        device=device, host={}, nvme={}, phases={"load": lasting["weights"], "step": sum(device.values())}
+    )
 
 
 def state_bytes(plan: Plan, counts: Counts) -> dict[str, int]:

@@ -1,11 +1,15 @@
 """The memory model against numbers worked out by hand and against those printed in the ZeRO paper."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from burnish.harness.config import Config
-from burnish.harness.memory import Counts, divided, quantized_bytes, state_bytes
+from burnish.harness.memory import Counts, Overhead, divided, predict, quantized_bytes, state_bytes
+from burnish.harness.moments import moments_of_step, size_of
 from burnish.harness.plan import Plan, Resources, make_plan
+from burnish.harness.profile_numbers import Activations, HeadLine, Line, Profile
 
 
 def make_plan_for(*, world_size: int = 4, zero_stage: int = 0, dtype: str = "bf16", **changes: Any) -> Plan:
@@ -131,3 +135,102 @@ def test_int8_takes_a_byte() -> None:
 def test_impossible_counts_are_our_own_mistake() -> None:
     with pytest.raises(AssertionError):
         Counts(total=10, trainable=8, quantized=5)
+
+
+NOTHING = Activations(Line(), Line(), (Line(),), (Line(),), (HeadLine(),), (Line(),))
+LAYERS = Activations(
+    layer_saved=Line(per_token=100.0),
+    outside_saved=Line(fixed=50.0, per_token=10.0),
+    forward_working=(Line(per_token=40.0),),
+    backward_working=(Line(fixed=500.0, per_token=20.0), Line(per_token=60.0)),
+    head=(HeadLine(per_token=8.0, per_row=30.0),),
+    embedding_working=(Line(fixed=70.0),),
+)
+PROFILE = Profile(
+    counts=Counts(1000, 1000),
+    num_layers=4,
+    layer=Counts(200, 200),
+    embedding=Counts(100, 100),
+    head=Counts(100, 100),
+    largest_tensor=100,
+    largest_trained=100,
+    num_trained_tensors=10,
+    trained_vectors=20,
+    buffer_bytes=0,
+    hidden_size=10,
+    vocab_size=10,
+    is_per_example=False,
+    chunk_tokens={"cpu": 16, "cuda": 64},
+    policies={"none": LAYERS, "selective": LAYERS, "full": replace(LAYERS, layer_saved=Line(per_token=5.0))},
+    evaluation=NOTHING,
+)
+
+
+def small_plan(*, length: int = 8, micro: int = 2, micro_batches: int = 1, **changes: Any) -> Plan:
+    train = {"max_steps": 3, "global_batch_size": micro * micro_batches, "micro_batch_size": micro}
+    data = {"train": ["rows.jsonl"], "max_length": length}
+    return make_plan_for(world_size=1, train=train, data=data, launch={"type": "inline"}, **changes)
+
+
+def test_a_profile_survives_json() -> None:
+    assert Profile.from_dict(json.loads(json.dumps(PROFILE.to_dict()))) == PROFILE
+
+
+def test_a_line_counts_tokens_and_pairs_of_tokens() -> None:
+    assert Line(fixed=1.0, per_token=2.0, per_pair=0.5).at(num_tokens=8, length=4) == 1 + 2 * 8 + 8 * 4 // 2
+
+
+def test_a_packed_row_is_filled_up() -> None:
+    plan = small_plan(length=100, micro=3)
+    packed = plan.config.model_copy(update={"data": plan.config.data.model_copy(update={"packing": True})})
+    assert size_of(plan, PROFILE) == (300, 100)
+    assert size_of(replace(plan, config=packed), PROFILE) == (384, 384)
+
+
+def test_the_moments_of_a_step_by_hand() -> None:
+    """Two sequences of 8 tokens are 16 tokens; gradients of 4 bytes a weight appear while backward goes down."""
+    moments = moments_of_step(small_plan(), PROFILE)
+    saved = 50 + 16 * 10 + 4 * 16 * 100
+    assert moments["forward"] == {"gradients": 0, "activations": saved, "working": 640}
+    assert moments["head"] == {"gradients": 400, "activations": saved, "logits_loss": 16 * 38}
+    last = {"gradients": 400 + 800, "activations": saved, "working": 960, "reduce_buckets": 0}
+    assert moments["last layer"] == last
+    first = {"gradients": 4000, "activations": 50 + 160 + 1600, "working": 960, "reduce_buckets": 0}
+    assert moments["first layer"] == first
+    assert moments["embedding"] == {"gradients": 4000, "working": 70, "reduce_buckets": 0}
+
+
+def test_later_micro_batches_meet_all_gradients_from_the_start() -> None:
+    moments = moments_of_step(small_plan(micro_batches=2), PROFILE)
+    assert {moment["gradients"] for moment in moments.values()} == {4000}
+
+
+def test_the_fullest_moment_depends_on_the_length() -> None:
+    few = predict(small_plan(length=2, micro=1), PROFILE, Overhead(0, 0.0))
+    many = predict(small_plan(length=4096, micro=1), PROFILE, Overhead(0, 0.0))
+    assert few.device["gradients"] == 4000
+    assert many.device["activations"] == 50 + 4096 * 10 + 4 * 4096 * 100
+    assert many.device["working"] == 4096 * 60
+
+
+def test_logits_exist_for_a_chunk_of_tokens() -> None:
+    plan = small_plan(length=100, micro=1)
+    whole = replace(PROFILE, chunk_tokens=None)
+    chunked, at_once = (moments_of_step(plan, one)["head"]["logits_loss"] for one in (PROFILE, whole))
+    assert (chunked, at_once) == (100 * 8 + 16 * 30, 100 * 8 + 100 * 30)
+
+
+def test_checkpointing_takes_what_its_profile_says() -> None:
+    plan = small_plan(length=4096, micro=1)
+    full = replace(plan, activation_checkpointing="full")
+    saved = [moments_of_step(one, PROFILE)["forward"]["activations"] for one in (plan, full)]
+    assert saved[0] - saved[1] == 4 * 4096 * 95
+
+
+def test_what_is_lost_is_a_share_of_what_comes_and_goes() -> None:
+    plan = small_plan(length=4096, micro=1)
+    without, lossy = predict(plan, PROFILE, Overhead(0, 0.0)), predict(plan, PROFILE, Overhead(1000, 0.1))
+    come_and_go = sum(without.device.values()) - sum(
+        without.device.get(name, 0) for name in ("weights", "master_weights", "optimizer_state")
+    )
+    assert lossy.phases["step"] - without.phases["step"] == 1000 + round(0.1 * come_and_go)

@@ -1,0 +1,104 @@
+"""How many weights a model has, and where: found on the meta device, without a byte of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import adapters, models
+from .config import Config
+from .pretrained import explained, load_config_of_model
+from .profile_numbers import Counts
+from .small_model import layers_of
+from .tasks import get_task
+from .tasks.common import unwrap
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The counts of a Profile, by its names."""
+
+    counts: Counts
+    num_layers: int
+    layer: Counts
+    embedding: Counts
+    head: Counts
+    largest_tensor: int
+    largest_trained: int
+    num_trained_tensors: int
+    trained_vectors: int
+    buffer_bytes: int
+    hidden_size: int
+    vocab_size: int
+    is_per_example: bool
+
+
+def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
+    """Raises ConfigError."""
+    model, quantized = empty_model(config, labels)
+    base, trained = unwrap(model), [p for p in model.parameters() if p.requires_grad]
+    layers = layers_of(base)
+    embedding = _embedding(base)
+    heads = [base.get_submodule(name) for name in adapters.head_names(base)]
+    shared = set(embedding.parameters()) if embedding is not None else set()
+    head = [p for module in heads for p in module.parameters() if p not in shared]
+    count = _Counter(quantized)
+    by_layer = [count(list(layer.parameters())) for layer in layers] if layers is not None else []
+    return Shapes(
+        counts=count(list(model.parameters())),
+        num_layers=len(by_layer) or 1,
+        layer=max(by_layer, key=lambda found: found.total, default=count(list(model.parameters()))),
+        embedding=count(list(shared)),
+        head=count(head),
+        largest_tensor=max(p.numel() for p in model.parameters()),
+        largest_trained=max((p.numel() for p in trained), default=0),
+        num_trained_tensors=len(trained),
+        trained_vectors=sum(p.numel() for p in trained if p.ndim < 2),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        hidden_size=int(getattr(base.config, "hidden_size", 0) or 0),
+        vocab_size=int(getattr(base.config, "vocab_size", 0) or 0),
+        is_per_example=config.task.type == "image_classification",
+    )
+
+
+def empty_model(config: Config, labels: list[str] | None) -> tuple[nn.Module, set[nn.Parameter]]:
+    """The adapted model on the meta device, and those of its weights that are quantised when it is loaded."""
+    model_config = load_config_of_model(config)
+    if labels is not None:
+        model_config.id2label = dict(enumerate(labels))
+        model_config.label2id = {name: i for i, name in enumerate(labels)}
+    auto = get_task(config.task.type).auto_class()
+    with torch.device("meta"), explained("model.path", str(config.model.path or model_config.model_type)):
+        model: Any = auto.from_config(
+            model_config, dtype=adapters.torch_dtype(config), trust_remote_code=config.model.trust_remote_code
+        )
+        model.new_modules = ()
+        poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in models.POOLERS]
+        linear = set(adapters.linear_names(model, excluded=poolers))
+        quantized = {module.weight for name, module in model.named_modules() if name in linear}
+        if getattr(config.quantization, "embeddings", False):
+            quantized |= {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        return adapters.adapt(model, config), quantized if config.quantization.type != "none" else set()
+
+
+def _embedding(base: Any) -> nn.Module | None:
+    try:
+        found = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+class _Counter:
+    """Counts of some parameters, given which are quantised."""
+
+    def __init__(self, quantized: set[nn.Parameter]) -> None:
+        self.quantized = {id(parameter) for parameter in quantized}
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Counts:
+        return Counts(
+            total=sum(p.numel() for p in parameters),
+            trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            quantized=sum(p.numel() for p in parameters if id(p) in self.quantized),
+        )
