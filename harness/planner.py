@@ -20,6 +20,8 @@ class Choice:
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
+    default: Plan
+    """What make_plan takes without a look at memory."""
     limits: Limits
     speeds: Speeds
 
@@ -52,4 +54,4 @@ def choose(
     if not found.best.fits:
         raise refusal(found, config, resources, profile, calibration=calibration, profile_of=profile_of)
     plan = replace(found.best.plan, config=config, decisions=decisions(found, calibration))
-    return Choice(replace(found.best, plan=plan), found.candidates, found.limits, found.speeds)
+    return Choice(replace(found.best, plan=plan), found.candidates, found.default, found.limits, found.speeds)

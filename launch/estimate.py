@@ -10,7 +10,7 @@ from ..harness.errors import BurnishError
 from ..harness.memory import state_bytes
 from ..harness.plan import Plan, Resources
 from ..harness.planner import Choice
-from .planning import Planned, profiler
+from .planning import Planned
 
 KIND = ("zero_stage", "offload_optimizer", "offload_param", "offload_activations", "activation_checkpointing")
 """Candidates that differ in the micro-batch alone are of one kind."""
@@ -86,7 +86,7 @@ def row(candidate: Candidate, choice: Choice) -> dict[str, Any]:
 
 
 def shown(choice: Choice) -> list[Candidate]:
-    """The one that is taken, then the fastest of each other kind, then those of the kinds of which none fits."""
+    """The one that is taken, then the fastest of each other kind, then what the usual micro-batch is too large for."""
     kinds: dict[tuple[Any, ...], list[Candidate]] = {}
     for candidate in choice.candidates:
         kinds.setdefault(tuple(candidate.settings[name] for name in KIND), []).append(candidate)
@@ -94,7 +94,8 @@ def shown(choice: Choice) -> list[Candidate]:
     kinds.pop(own)
     fastest = [min(some, key=_order) for some in kinds.values()]
     fitting = sorted((one for one in fastest if one.fits), key=_order)
-    too_large = sorted((one for one in fastest if not one.fits), key=_order)
+    usual = [one for one in choice.candidates if one.plan.micro_batch_size == choice.default.micro_batch_size]
+    too_large = sorted((one for one in usual if not one.fits), key=_order)
     return [choice.chosen, *fitting[:NUM_FITTING], *too_large[:NUM_TOO_LARGE]]
 
 
@@ -106,13 +107,12 @@ def _order(candidate: Candidate) -> tuple[Any, ...]:
 def alternatives(planned: Planned) -> Iterable[dict[str, Any]]:
     """What training something else, or with other numbers, would take: never chosen by `auto`."""
     config = planned.plan.config
-    profile_of = profiler(config)
     for values in other_results(config):
         other = changed(config, values)
         if other is None:
             continue
         try:
-            found = survey(other, planned.resources, profile_of(other), calibration=planned.calibration)
+            found = survey(other, planned.resources, planned.profile_of(other), calibration=planned.calibration)
         except BurnishError:
             continue
         yield {

@@ -71,7 +71,7 @@ def _heading(answer: Mapping[str, Any]) -> Iterator[str]:
         f"{batch['gradient_accumulation_steps']} accumulation x {batch['world_size']} workers"
     )
     yield (
-        f"parameters   {parameters['total']:,} in all, {parameters['trainable']:,} trained ({share:.2g} %)"
+        f"parameters   {parameters['total']:,} in all, {parameters['trainable']:,} trained ({share:.3g} %)"
         + (f", {parameters['quantized']:,} quantised" if parameters["quantized"] else "")
     )
     shape = answer.get("shape")
@@ -146,7 +146,9 @@ def _other_results(answer: Mapping[str, Any]) -> Iterator[str]:
     for row in answer["other_results"]:
         change = " ".join(f"{key}={value}" for key, value in row["changes"].items())
         verdict = "fits" if row["fits"] else "does not fit"
-        yield f"  {change:<52}{size(row['peak_bytes']):>10}{seconds(row['step_s']):>10}  {verdict}"
+        found = row["settings"]
+        how = f"zero {found['zero_stage']}, micro {found['micro_batch_size']}, {found['activation_checkpointing']}"
+        yield f"  {change:<44}{size(row['peak_bytes']):>9}{seconds(row['step_s']):>9}  {verdict:<13} ({how})"
 
 
 def _time(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -179,7 +181,9 @@ def _verification(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"    {spaced(row['name']):<24}{sizes}{error:>10}"
     verdict = "within" if found["ok"] else "beyond"
     yield f"  the peak is {100 * found['error']:+.1f} % off, {verdict} {100 * found['tolerance']:.0f} %"
-    yield f"  a step took {seconds(found['step_s'])}, estimated {seconds(found['estimated_step_s'])}"
+    count = found["num_micro_batches"]
+    what = f"a step of {count} micro-batch{'es' if count > 1 else ''}"
+    yield f"  {what} took {seconds(found['step_s'])}, estimated {seconds(found['estimated_step_s'])}"
     yield f"  kept in {found['calibration']} for the next plan"
 
 

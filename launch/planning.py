@@ -17,6 +17,7 @@ from ..harness.run_dir import run_path
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Taken off a GPU's memory where it is only asked about: the context and libraries of a process. An assumption."""
+MAX_CHARS = 120
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Planned:
     profile: Profile | None
     choice: Choice | None
     calibration: Calibration | None
+    profile_of: Callable[[Config], Profile]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def planned(config: Config, resources: Resources) -> Planned:
     calibration, note = calibrations.read(calibrations.hardware_name(plan.device, resources.device_name), plan.device)
     notes += [Decision("calibration", "not used", note)] if note else []
     if profile is None:
-        return Planned(_noted(plan, notes), resources, None, None, calibration)
+        return Planned(_noted(plan, notes), resources, None, None, calibration, profiler(config))
     choice = choose(
         config,
         resources,
@@ -98,15 +100,19 @@ def planned(config: Config, resources: Resources) -> Planned:
         profile_of=profiler(config),
     )
     chosen = replace(choice.chosen, plan=_noted(choice.plan, notes))
-    return Planned(chosen.plan, resources, profile, replace(choice, chosen=chosen), calibration)
+    return Planned(chosen.plan, resources, profile, replace(choice, chosen=chosen), calibration, profiler(config))
 
 
 def profiler(config: Config) -> Callable[[Config], Profile]:
-    """profile_of for variations of the config."""
-    from ..harness.profile import profile_of
-
+    """profile_of for variations of the config; torch is imported when it is first called."""
     labels = getattr(config.task, "labels", None)
-    return lambda other: profile_of(other, labels)
+
+    def profile(other: Config) -> Profile:
+        from ..harness.profile import profile_of
+
+        return profile_of(other, labels)
+
+    return profile
 
 
 def _noted(plan: Plan, notes: list[Decision]) -> Plan:
@@ -122,7 +128,7 @@ def _profile(config: Config) -> tuple[Profile | None, list[Decision]]:
             raise
         return None, [Decision("memory", "not predicted", f"the model is not on this machine: {error}")]
     except Exception as error:  # a model that transformers builds and the profiler does not understand
-        reason = f"the model could not be profiled ({type(error).__name__}: {str(error).splitlines()[:1]})"
+        reason = f"the model could not be profiled ({type(error).__name__}: {' '.join(str(error).split())[:MAX_CHARS]})"
     try:
         profile = lasting_state(config)
     except BurnishError:

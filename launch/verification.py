@@ -1,14 +1,18 @@
 """`burnish plan --verify`: two steps of the plan are run, and what they took is set beside what was predicted."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..harness import calibration
+from ..harness.cost import estimate
 from ..harness.errors import ConfigError
 from .planning import Planned
 
 TOLERANCE = 0.10
 """Largest relative error of the predicted peak."""
+MEASURED_MICRO_BATCHES = 2
+"""More of them in a step have no higher peak, so `measure` takes no more."""
 
 
 def verify(planned: Planned) -> dict[str, Any]:
@@ -25,7 +29,9 @@ def verify(planned: Planned) -> dict[str, Any]:
     if profile is None or choice is None:
         raise ConfigError("--verify: nothing was predicted for this model, so there is nothing to verify")
     prediction = choice.prediction
-    measured = measure(plan)
+    measured = measure(plan, labels=getattr(plan.config.task, "labels", None))
+    tried = replace(plan, gradient_accumulation_steps=min(MEASURED_MICRO_BATCHES, plan.gradient_accumulation_steps))
+    cost = estimate(tried, profile, choice.speeds)
     phases = compared(prediction.phases, measured.phases)
     hardware = calibration.hardware_name(plan.device, planned.resources.device_name)
     sample = calibration.sample_of(
@@ -34,7 +40,7 @@ def verify(planned: Planned) -> dict[str, Any]:
         step_bytes=measured.phases["step"],
         baseline_bytes=measured.baseline_bytes,
         step_s=measured.step_s,
-        flops=choice.chosen.cost.flops,
+        flops=cost.flops,
     )
     error = prediction.peak_bytes / measured.peak_bytes - 1
     return {
@@ -46,7 +52,8 @@ def verify(planned: Planned) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "ok": abs(error) <= TOLERANCE,
         "step_s": measured.step_s,
-        "estimated_step_s": choice.chosen.step_s,
+        "num_micro_batches": tried.gradient_accumulation_steps,
+        "estimated_step_s": cost.step_s,
         "losses": list(measured.losses),
         "calibration": str(calibration.add(hardware, sample)),
     }
