@@ -26,28 +26,37 @@ MAX_SAMPLES = 15
 FOLDER = Path("~/.cache/burnish/calibration")
 MAX_SHARE = 1.0
 """Of what comes and goes in a step, lost to the allocator: more than this is no loss but a mistake."""
+SMALL_BYTES = 128 * 2**20
+LONG_S = 0.1
+"""A shorter step says how long operations take to start."""
+MAX_BYTES = 2**50
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One verification. `allocator_share` makes the predicted peak of the step the measured one; never below 0."""
+    """One verification: what was measured beyond the arithmetic of `memory`, and how fast a step was."""
 
-    allocator_share: float
-    flops_per_s: float
-    """Reached by one GPU, or by one thread of a CPU."""
+    residual_bytes: int
+    """Measured peak of the step less the predicted one without any overhead; below 0 where less was measured."""
+    transient_bytes: int
+    """What comes and goes in the step, by the prediction."""
+    flops: float
+    """Of the measured step, of one GPU or of one thread of a CPU."""
+    step_s: float
     baseline_bytes: int
     """Of a worker's process with everything imported and no weight loaded."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Medians of the samples of one kind of hardware."""
+    """What the samples of one kind of hardware say together; `flops_per_s` is None where no step took long enough."""
 
     hardware: str
     num_samples: int
     process_bytes: int
     allocator_share: float
-    flops_per_s: float
+    flops_per_s: float | None
+    """Reached by one GPU, or by one thread of a CPU."""
     baseline_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,15 +71,16 @@ def hardware_name(device: str, device_name: str = "") -> str:
 def sample_of(
     plan: Plan, profile: Profile, *, step_bytes: int, baseline_bytes: int, step_s: float, flops: float
 ) -> Sample:
-    """What a measured step says about the hardware.
-
-    The prediction is linear in the allocator's share, so two predictions give the share that meets `step_bytes`.
-    """
-    process_bytes = OVERHEAD[plan.device].process_bytes
-    without, whole = (_step_bytes(predict(plan, profile, Overhead(process_bytes, share))) for share in (0.0, 1.0))
-    share = (step_bytes - without) / (whole - without) if whole > without else 0.0
+    """What a measured step says. The prediction is linear in the allocator's share, so two tell what comes and goes."""
+    without, whole = (_step_bytes(predict(plan, profile, Overhead(0, share))) for share in (0.0, 1.0))
     threads = plan.num_threads if plan.device == "cpu" else 1
-    return Sample(min(max(0.0, share), MAX_SHARE), flops / max(step_s, 1e-9) / threads, baseline_bytes)
+    return Sample(
+        residual_bytes=step_bytes - without,
+        transient_bytes=whole - without,
+        flops=flops / threads,
+        step_s=step_s,
+        baseline_bytes=baseline_bytes,
+    )
 
 
 def _step_bytes(prediction: Prediction) -> int:
@@ -78,14 +88,22 @@ def _step_bytes(prediction: Prediction) -> int:
 
 
 def combine(hardware: str, device: str, samples: Sequence[Sample]) -> Calibration:
-    """The medians."""
+    """Medians. Steps in which little comes and goes tell what a process takes, the others what the allocator loses."""
     assert samples
+    small = [max(0, one.residual_bytes) for one in samples if one.transient_bytes < SMALL_BYTES]
+    process_bytes = round(median(small)) if small else OVERHEAD[device].process_bytes
+    shares = [
+        min(max(0.0, (one.residual_bytes - process_bytes) / one.transient_bytes), MAX_SHARE)
+        for one in samples
+        if one.transient_bytes >= SMALL_BYTES
+    ]
+    speeds = [one.flops / one.step_s for one in samples if one.step_s >= LONG_S]
     return Calibration(
         hardware=hardware,
         num_samples=len(samples),
-        process_bytes=OVERHEAD[device].process_bytes,
-        allocator_share=median(sample.allocator_share for sample in samples),
-        flops_per_s=median(sample.flops_per_s for sample in samples),
+        process_bytes=process_bytes,
+        allocator_share=median(shares) if shares else OVERHEAD[device].allocator_share,
+        flops_per_s=median(speeds) if speeds else None,
         baseline_bytes=round(median(sample.baseline_bytes for sample in samples)),
     )
 
@@ -138,10 +156,10 @@ def _parse(text: str, hardware: str) -> list[Sample]:
     for sample in samples:
         for field in fields(sample):
             value = getattr(sample, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            lowest = -MAX_BYTES if field.name == "residual_bytes" else 0
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < lowest or (field.name.endswith("_bytes") and value > MAX_BYTES):
                 raise ValueError(f"{field.name} is {value!r}")
-        if sample.allocator_share > MAX_SHARE:
-            raise ValueError(f"allocator_share is {sample.allocator_share}")
     return samples[-MAX_SAMPLES:]
 
 

@@ -187,7 +187,7 @@ def _micro_batches(config: Config, default: Plan) -> list[int]:
 def _speeds(plan: Plan, resources: Resources, calibration: Calibration | None) -> Speeds:
     workers = -(-plan.world_size // resources.num_nodes)
     speeds = speeds_of(plan.device, name=resources.device_name, num_threads=plan.num_threads, workers_per_node=workers)
-    if calibration is None:
+    if calibration is None or calibration.flops_per_s is None:
         return speeds
     units = plan.num_threads if plan.device == "cpu" else 1
     return replace(speeds, flops_per_s=calibration.flops_per_s * units)

@@ -163,7 +163,8 @@ def _time(answer: Mapping[str, Any]) -> Iterator[str]:
     sent = f"; {size(cost['wire_bytes'])} sent by each worker" if cost["wire_bytes"] else ""
     moved = f"; {size(cost['offload_bytes'])} moved for offload" if cost["offload_bytes"] else ""
     found = answer["calibration"]
-    origin = "as plan --verify measured" if found else "assumed, not measured"
+    is_measured = found is not None and found["flops_per_s"] is not None
+    origin = "as plan --verify measured" if is_measured else "assumed, not measured"
     text = (
         f"{seconds(cost['step_s'])} a step of full-length examples ({told}){sent}{moved}. An estimate: "
         f"{speeds['name']} at {number(speeds['flops_per_s'])}FLOP/s ({origin})"
