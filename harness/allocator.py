@@ -1,7 +1,10 @@
 """The C allocator of a training process."""
 
 import ctypes
+import gc
 import sys
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt(3)."""
@@ -24,3 +27,12 @@ def keep_freed_memory() -> bool:
     settings = {M_MMAP_THRESHOLD: KEPT_BYTES, M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: GROWTH_BYTES}
     accepted = [libc.mallopt(parameter, value) == 1 for parameter, value in settings.items()]
     return all(accepted)
+
+
+def give_back_freed_memory(device: str) -> None:
+    """Returns what nothing holds any more to the kernel, and to the GPU: for the next attempt of a run."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

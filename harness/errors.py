@@ -32,9 +32,19 @@ class TrainingError(BurnishError):
 
 
 class OutOfMemory(TrainingError):  # noqa: N818
-    """A worker found no memory; a smaller micro-batch may: exit 3 where nothing is left to give."""
+    """A worker found no memory; a smaller micro-batch may: exit 3 where nothing is left to give.
+
+    `phase` says what it was doing (see backoff.Phase) after `step` done steps, `reason` what the failed allocation
+    said, and `wanted_bytes` how much it asked for; 0 where that is not known.
+    """
 
     exit_code = 3
+
+    def __init__(
+        self, message: str, *, reason: str = "", phase: str = "step", step: int = 0, wanted_bytes: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.reason, self.phase, self.step, self.wanted_bytes = reason, phase, step, wanted_bytes
 
 
 class Interrupted(BurnishError):  # noqa: N818

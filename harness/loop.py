@@ -18,6 +18,7 @@ from .config import Config
 from .data.loader import Loader, StepBatch
 from .engine import Engine
 from .errors import TrainingError
+from .faults import faultpoint
 from .schedule import learning_rate
 from .tasks import Task
 
@@ -57,6 +58,7 @@ def train_step(
     last = len(batch.micro_batches) - 1
     for i, (cell, micro) in enumerate(zip(batch.cells, batch.micro_batches, strict=True)):
         seed_micro_batch(config.seed, step, cell)
+        faultpoint("step.micro_batch")
         loss = task.loss(engine.module, micro, config) / batch.num_supervised
         engine.backward(loss, is_last=i == last)
         loss_sum += loss.detach().double().cpu()

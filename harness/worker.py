@@ -4,16 +4,21 @@ Resuming needs no flag: the newest complete checkpoint in the run directory is t
 from (an interrupted run, or a worker that died a moment ago).
 """
 
+import contextlib
 import os
+import shutil
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoint, export, models
-from .allocator import keep_freed_memory
+from . import backoff, checkpoint, export, models, offload
+from .allocator import give_back_freed_memory, keep_freed_memory
 from .data.loader import Loader, eval_batches
 from .data.prepare import Prepared
 from .data.sampler import Sampler
@@ -30,6 +35,16 @@ from .tasks import Task, get_task
 from .tasks.common import unwrap
 
 Report = Callable[[dict[str, Any]], None]
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The second is the first one's older name. Segments that grow leave no holes too small for the next tensor."""
+
+
+@dataclass
+class Position:
+    """What a rank is doing, after how many steps."""
+
+    phase: backoff.Phase = "load"
+    step: int = 0
 
 
 @dataclass
@@ -47,12 +62,20 @@ class Job:
     sampler: Sampler
     metrics: MetricsWriter
     report: Report
+    position: Position
     samples: list[dict[str, Any]] = field(default_factory=list)
     peak_memory_bytes: int = 0
 
     @property
     def is_first(self) -> bool:
         return self.world.rank == 0
+
+    @contextlib.contextmanager
+    def during(self, phase: backoff.Phase) -> Iterator[None]:
+        """Says what is being done; an error leaves it as it is."""
+        before, self.position.phase = self.position.phase, phase
+        yield
+        self.position.phase = before
 
     def emit(self, event: dict[str, Any]) -> None:
         """Writes an event to events.jsonl and hands it to the launcher; rank 0 only."""
@@ -72,12 +95,27 @@ def run(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> dict
     """Trains to the end of the plan and returns the summary of rank 0.
 
     Raises Interrupted when the stop file asked for an early end (a checkpoint is written first), TrainingError when
-    training or the proof of the saved weights fails.
+    training or the proof of the saved weights fails, OutOfMemory once all that this rank held is released.
     """
     set_up_process(plan, world)
-    job = _build(plan, prepared, world=world, report=report)
+    position = Position()
     try:
-        first_step = _restore(job)
+        return _run(plan, prepared, world=world, report=report, position=position)
+    except Exception as error:
+        if not backoff.found_no_memory(error):
+            raise
+        failure = backoff.explained(error, phase=position.phase, step=position.step)
+        # Frames that have ended hold the model, the engine and the activations of a step.
+        traceback.clear_frames(error.__traceback__)
+    give_back_freed_memory(plan.device)
+    raise failure
+
+
+def _run(plan: Plan, prepared: Prepared, *, world: World, report: Report, position: Position) -> dict[str, Any]:
+    job = _build(plan, prepared, world=world, report=report, position=position)
+    try:
+        first_step = position.step = _restore(job)
+        position.phase = "step"
         if first_step == 0:
             _evaluate(job, "validation", step=0)
             _answer(job, "before")
@@ -91,12 +129,20 @@ def run(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> dict
 
 
 def set_up_process(plan: Plan, world: World) -> None:
-    """Threads, the rank variables DeepSpeed reads, and the accelerator it uses."""
+    """Threads, the allocator, the rank variables DeepSpeed reads, the accelerator it uses, the tools it builds with.
+
+    Raises ConfigError where this host lacks what the plan's offload needs.
+    """
     torch.set_num_threads(plan.num_threads)
     if plan.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
+        if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+            os.environ.update(dict.fromkeys(ALLOCATOR_VARIABLES, "expandable_segments:True"))
         torch.cuda.set_device(world.local_rank)
+    offload.check(plan)
+    if shutil.which("ninja") is None:  # pip puts it beside python; torch looks for it on PATH alone
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     ranks = {"RANK": world.rank, "LOCAL_RANK": world.local_rank, "WORLD_SIZE": world.size}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     if world.size == 1:
@@ -105,7 +151,7 @@ def set_up_process(plan: Plan, world: World) -> None:
     torch.manual_seed(plan.config.seed)
 
 
-def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> Job:
+def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, position: Position) -> Job:
     config, run_dir = plan.config, RunDir(plan.run_dir)
     task = get_task(config.task.type)
     processor = task.load_processor(config)
@@ -145,6 +191,7 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> J
         sampler=sampler,
         metrics=MetricsWriter(run_dir, config, is_writer=world.rank == 0),
         report=report,
+        position=position,
     )
     if job.is_first:
         run_dir.write_json(run_dir.env_json, environment())
@@ -190,7 +237,7 @@ def _train(job: Job, first_step: int) -> int:
 
     def after_step(step: StepReport) -> None:
         nonlocal saved_step
-        done = step.step + 1
+        done = job.position.step = step.step + 1
         job.peak_memory_bytes = max(job.peak_memory_bytes, memory_bytes(job.plan.device))
         if done % config.tracking.log_every_steps == 0 or done == total:
             extra = {"memory_bytes": memory_bytes(job.plan.device), "epoch": job.sampler.epoch(done)}
@@ -218,15 +265,16 @@ def _train(job: Job, first_step: int) -> int:
 
 def _save(job: Job, step: int) -> None:
     start = time.perf_counter()
-    path = checkpoint.save(
-        job.plan.run_dir,
-        step,
-        state=job.engine.state(),
-        trainer={"step": step, "samples": job.samples} | _identity(job),
-        world=job.world,
-        barrier=job.engine.barrier,
-        keep=job.plan.config.checkpoint.keep,
-    )
+    with job.during("save"):
+        path = checkpoint.save(
+            job.plan.run_dir,
+            step,
+            state=job.engine.state(),
+            trainer={"step": step, "samples": job.samples} | _identity(job),
+            world=job.world,
+            barrier=job.engine.barrier,
+            keep=job.plan.config.checkpoint.keep,
+        )
     job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time.perf_counter() - start})
 
 
@@ -256,7 +304,8 @@ def _evaluate(job: Job, split: str, *, step: int) -> dict[str, float]:
         world_size=job.world.size,
         max_examples=job.plan.config.eval.max_examples,
     )
-    metrics = evaluate(job.engine.module, batches, job.task, job.plan.config, reduce=job.engine.all_reduce_sum)
+    with job.during("evaluation"):
+        metrics = evaluate(job.engine.module, batches, job.task, job.plan.config, reduce=job.engine.all_reduce_sum)
     job.log({"kind": "eval", "split": split, "step": step} | metrics)
     return metrics
 
@@ -285,6 +334,7 @@ def _answer(job: Job, when: str) -> None:
 def _finish(job: Job, step: int) -> dict[str, Any]:
     """Final metrics and samples, the saved result, and the proof that it reloads to the same loss."""
     final = {split: _evaluate(job, split, step=step) for split in ("validation", "test")}
+    job.position.phase = "finish"
     _answer(job, "after")
     live_loss, batch = _proof_batch(job)
     state = job.engine.trained_state()

@@ -4,6 +4,7 @@ import os
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 from ..harness import errors
 from ..harness.errors import BurnishError, TrainingError
@@ -15,16 +16,21 @@ KINDS: dict[str, type[BurnishError]] = {
 MAX_CHARS = 300
 
 
-def fatal_error(kind: str, message: str) -> BurnishError:
+def fatal_error(kind: str, message: str, **details: Any) -> BurnishError:
     """The error of that name; a TrainingError for a name from another version."""
-    return KINDS.get(kind, TrainingError)(message)
+    return KINDS[kind](message, **details) if kind in KINDS else TrainingError(message)
+
+
+def write_fatal(run: RunDir, error: BurnishError) -> None:
+    """Leaves the error for the driver and for workers that are started again: a restart would meet it again."""
+    run.write_json(run.fatal_json, {"kind": type(error).__name__, "message": str(error), "details": vars(error)})
 
 
 def raise_fatal(run: RunDir) -> None:
     """Raises what a worker wrote to fatal.json; nothing if there is no such file."""
     fatal = read_json(run.fatal_json)
     if fatal is not None:
-        raise fatal_error(fatal["kind"], fatal["message"])
+        raise fatal_error(fatal["kind"], fatal["message"], **fatal.get("details", {}))
 
 
 def first_line(error: BaseException) -> str:

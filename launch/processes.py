@@ -1,4 +1,7 @@
-"""The processes that this one started, and seeing to it that they end. Reads /proc; without it there are none."""
+"""The processes that this one started, seeing to it that they end, and how many the kernel killed for want of memory.
+
+Reads /proc and cgroups; without them there are none.
+"""
 
 import contextlib
 import os
@@ -6,6 +9,8 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from .resources import cgroups
 
 POLL_S = 0.05
 
@@ -47,6 +52,29 @@ def end(processes: list[Process], *, grace_s: float) -> list[Process]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     return alive
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes killed for want of memory so far, as this process's cgroup counts them; the whole system's without one.
+
+    The container's limit is often that of a cgroup above; a kernel of version 1 counts at the victim's own alone.
+    """
+    for folder in cgroups(root, "memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            found = _count(folder / name, "oom_kill")
+            if found is not None:
+                return found
+    return _count(root / "proc/vmstat", "oom_kill") or 0
+
+
+def _count(file: Path, name: str) -> int | None:
+    """The number after a name in a file of `name number` lines; None if it is not there."""
+    try:
+        lines = file.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith(f"{name} ")]
+    return int(found[0][1]) if found else None
 
 
 def _status(pid: int) -> tuple[int, int, str] | None:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..harness import backoff
 from ..harness.markup import duration, number, size
 from ..harness.plan import Plan
 from ..harness.run_dir import RunDir, read_json
@@ -40,6 +41,7 @@ class Progress:
             "resume": lambda event: self._line("resumed", f"at step {event['step']} from {shown_path(event['path'])}"),
             "broken_checkpoint": lambda event: self._line("ignored", f"{event['path']}: damaged checkpoint"),
             "worker_failure": self._worker_failure,
+            backoff.EVENT: self._out_of_memory,
             "notice": lambda event: self._line("note", event["text"]),
             "train": self._step,
             "eval": self._eval,
@@ -105,6 +107,14 @@ class Progress:
     def _worker_failure(self, event: dict[str, Any]) -> None:
         for rank, reason in event["reasons"].items():
             self._line("failed", f"worker {rank}: {reason}")
+
+    def _out_of_memory(self, event: dict[str, Any]) -> None:
+        self.close()
+        self.recent.clear()
+        wanted = f", {size(event['wanted_bytes'])} more were asked for" if event["wanted_bytes"] else ""
+        self._line("memory", f"out of memory {backoff.where(event['phase'], event['step'])}{wanted}")
+        accumulation = f"accumulation {event['gradient_accumulation_steps']}"
+        self._line("", f"goes on with {event['change']} ({accumulation})")
 
     def _eval(self, record: dict[str, Any]) -> None:
         skipped = ("kind", "split", "step", "time", "count", "non_finite")

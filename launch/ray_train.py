@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,15 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ..harness import backoff
 from ..harness.config import Config
 from ..harness.config_hardware import Ray
 from ..harness.errors import BurnishError, DataError, TrainingError
 from ..harness.plan import Plan, Resources
 from ..harness.run_dir import RunDir
-from .failures import fatal_error, first_line, raise_fatal, write_traceback
+from .attempts import killed
+from .failures import fatal_error, first_line, raise_fatal, write_fatal, write_traceback
+from .processes import oom_kills
 from .ray_cluster import check_capacity, cluster, cluster_resources
 from .tail import Tail
 
@@ -70,7 +73,7 @@ class Session:
 
     def train(self, prepared: "Prepared", *, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Runs the workers to the end; `report` gets every event and metrics record they write."""
-        run, outcome = RunDir(self.plan.run_dir), Outcome()
+        run, outcome, kills = RunDir(self.plan.run_dir), Outcome(), oom_kills()
         tails = [Tail(run.events_jsonl), Tail(run.metrics_jsonl)]
         trainer = make_trainer(self.plan, self.launch, prepared)
         # Only outside the main thread does Ray Train leave SIGINT to us.
@@ -82,7 +85,7 @@ class Session:
                 report(record)
         raise_fatal(run)
         if outcome.error is not None:
-            raise _failed(outcome.error, run)
+            raise _failed(outcome.error, run, has_killed=oom_kills() > kills)
         assert outcome.value is not None
         if "interrupted" in outcome.value:
             raise fatal_error("Interrupted", outcome.value["interrupted"])
@@ -140,21 +143,27 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             failure_config=FailureConfig(
                 max_failures=launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
-            callbacks=[FailureLog(plan.run_dir)],
+            callbacks=[FailureLog(plan.run_dir, oom_kills())],
             worker_runtime_env={"env_vars": env_vars},
         ),
     )
 
 
 class FailureLog(UserCallback):
-    """Notes every failure of the workers in events.jsonl; runs in Ray Train's controller, beside the driver."""
+    """Notes every failure of the workers in events.jsonl; runs in Ray Train's controller, beside the driver.
 
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = run_dir
+    A worker that was killed for want of memory would be again: what it left for workers to come makes them end at once.
+    """
+
+    def __init__(self, run_dir: str, kills: int) -> None:
+        self.run_dir, self.kills = run_dir, kills
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        run = RunDir(self.run_dir)
         reasons = {str(rank): first_line(error) for rank, error in sorted(worker_exceptions.items())}
-        RunDir(self.run_dir).log_event("worker_failure", reasons=reasons)
+        run.log_event("worker_failure", reasons=reasons)
+        if died_for_memory(worker_exceptions, has_killed=oom_kills() > self.kills) and not run.fatal_json.exists():
+            write_fatal(run, killed(run))
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
@@ -183,22 +192,24 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         return {"interrupted": str(error)}
     except Exception as error:
         if fatal := deterministic(error):
-            run_dir.write_json(run_dir.fatal_json, {"kind": type(fatal).__name__, "message": str(fatal)})
+            write_fatal(run_dir, fatal)
         raise
 
 
 def deterministic(error: Exception) -> BurnishError | None:
-    """The error to end the run with, if a restart would meet it again; None if a restart may cure it."""
-    import torch
-
+    """The error to end the attempt with, if a restart would meet it again; None if a restart may cure it."""
     if isinstance(error, BurnishError):
         return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return TrainingError(
-            f"out of memory: {first_line(error)}; lower train.micro_batch_size or data.max_length, or set "
-            "memory.activation_checkpointing=full"
-        )
-    return None
+    return backoff.explained(error, phase="load", step=0) if backoff.found_no_memory(error) else None
+
+
+def died_for_memory(failures: Mapping[int, BaseException], *, has_killed: bool) -> bool:
+    """Whether a worker is gone because Ray's memory monitor killed it, or the kernel did.
+
+    Ray does not say which signal ended a process: `has_killed` is that a cgroup has counted a kill meanwhile.
+    """
+    gone = [error for error in failures.values() if isinstance(error, RayError) and not isinstance(error, RayTaskError)]
+    return bool(gone) and (has_killed or any(backoff.says_no_memory(str(error)) for error in gone))
 
 
 def _prepare(config: dict[str, Any], cwd: str) -> dict[str, Any]:
@@ -223,9 +234,11 @@ def _enter(cwd: str) -> None:
         os.chdir(cwd)
 
 
-def _failed(error: BaseException, run: RunDir) -> TrainingError:
-    """One sentence about what ended Ray Train, with the workers' tracebacks in a file."""
+def _failed(error: BaseException, run: RunDir, *, has_killed: bool) -> TrainingError:
+    """One sentence about what ended Ray Train, with the workers' tracebacks in a file; OutOfMemory where that did."""
     failures = getattr(error, "worker_failures", {})
+    if died_for_memory(failures, has_killed=has_killed):
+        return killed(run)
     if isinstance(error, TrainingFailedError | RayError) and failures:
         what = "; ".join(f"rank {rank}: {first_line(reason)}" for rank, reason in sorted(failures.items()))
     else:

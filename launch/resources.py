@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
+from ..harness.offload import missing_tools
 from ..harness.plan import Resources
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
@@ -90,6 +92,14 @@ def available_bytes(root: Path = Path("/")) -> int:
             if limit is not None and limit > 0 and taken is not None:
                 found.append(max(0, int(limit - max(0, taken - files))))
     return min(found)
+
+
+def offload_places(*, with_files: bool) -> tuple[Literal["cpu", "nvme"], ...]:
+    """Where this host has the tools to offload to; files are asked about only where there may be some."""
+    missing = set(missing_tools(with_files=with_files))
+    if missing - {"libaio"}:
+        return ()
+    return ("cpu", "nvme") if with_files and not missing else ("cpu",)
 
 
 def free_disk_bytes(path: str) -> int:

@@ -3,17 +3,23 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..harness import backoff
+from ..harness.backoff import with_values
 from ..harness.config import Config
 from ..harness.config_io import config_to_yaml, load_config
-from ..harness.errors import BurnishError, ConfigError, DataError, InfeasibleError, Interrupted
-from ..harness.plan import Plan, Resources, make_plan
+from ..harness.errors import BurnishError, ConfigError, DataError, InfeasibleError, Interrupted, OutOfMemory
+from ..harness.plan import Plan, Resources
 from ..harness.report import write_report
 from ..harness.run_dir import RunDir, run_path, write_bytes
+from .attempts import Attempts, given_up, killed, tried
 from .interrupt import Interrupts
+from .planning import planned
+from .resources import free_disk_bytes, offload_places
 
 if TYPE_CHECKING:
     from ..harness.data.prepare import Prepared
@@ -23,8 +29,14 @@ Report = Callable[[dict[str, Any]], None]
 
 LAUNCHERS = {"inline": ".local", "ray": ".ray_train"}
 """launch.type -> module with resources(config) and session(plan, resources); Ray is imported only if it is used."""
-MAY_DIFFER = ("launch", "tracking", "train.num_threads", "runs_dir")
+MAY_DIFFER = (
+    *("launch", "tracking", "runs_dir", "memory", "train.num_threads"),
+    *("train.micro_batch_size", "eval.micro_batch_size"),
+)
 """Keys that may change when a run goes on: where and how it runs, not what it computes."""
+LESS = 0.2
+"""Share of a plan's predicted memory: what needs less by so much may fit where the plan did not."""
+CHEAPEST = "The cheapest change that fits: "
 
 
 def launcher(config: Config) -> Any:
@@ -32,28 +44,43 @@ def launcher(config: Config) -> Any:
 
 
 def find_resources(config: Config) -> Resources:
-    return launcher(config).resources(config)
+    """What there is to train on, with the free bytes below memory.nvme_path."""
+    resources: Resources = launcher(config).resources(config)
+    path = config.memory.nvme_path
+    places = offload_places(with_files=path is not None)
+    return replace(resources, nvme_bytes=free_disk_bytes(path) if path else 0, offload_places=places)
 
 
 def plan_run(config: Config, resources: Resources) -> Plan:
-    """The plan of the run in runs_dir/name. Raises ConfigError, InfeasibleError."""
-    cwd = os.getcwd()
-    run_dir = run_path(Path(cwd) / config.runs_dir, config.name)
-    return make_plan(config, resources, run_dir=str(run_dir), cwd=cwd)
+    """The plan of the run in runs_dir/name. Raises ConfigError, and InfeasibleError for what does not fit."""
+    return planned(config, resources).plan
 
 
-def train(config: Config, *, mode: Mode, report: Report) -> RunDir:
+def train(config: Config, *, mode: Mode, report: Report, killed_since: float | None = None) -> RunDir:
     """Runs to the end and returns the finished run. Every event goes to `report`.
 
-    Raises ConfigError, InfeasibleError, DataError; TrainingError; Interrupted once a checkpoint is written, and
-    KeyboardInterrupt where there was nothing to save or the user would not wait.
+    `killed_since` is when a process began that trained this run and that the system killed for want of memory.
+
+    Raises ConfigError, InfeasibleError, DataError; TrainingError, and OutOfMemory where a run that found no memory had
+    nothing left to give up; Interrupted once a checkpoint is written, and KeyboardInterrupt where there was nothing to
+    save or the user would not wait.
     """
     resources = find_resources(config)
-    plan = plan_run(config, resources)
-    run = RunDir(plan.run_dir)
+    run = RunDir(run_path(Path(os.getcwd()) / config.runs_dir, config.name))
+    attempts = Attempts(
+        run,
+        config,
+        replan=lambda changed: plan_run(changed, resources),
+        advice=lambda plan: smaller_run(plan, resources),
+        report=report,
+    )
+    if killed_since is not None:
+        mode = "resume"
     if mode == "resume" and run.is_run:
         check_same_config(run.load_config(), config)
-    run = RunDir.create(plan.run_dir, mode=mode)
+        attempts.given_up, attempts.tried = given_up(run, config), tried(run)
+    plan = _plan_of_attempt(attempts, killed_since)
+    RunDir.create(plan.run_dir, mode=mode)
     report({"event": "plan", "plan": plan})
     try:
         with (
@@ -61,14 +88,40 @@ def train(config: Config, *, mode: Mode, report: Report) -> RunDir:
             launcher(config).session(plan, resources) as session,
         ):
             prepared = session.prepare()
-            _write_inputs(run, plan, prepared, report)
+            _write_inputs(run, config, plan, prepared, report)
             interrupts.arm(run.stop)
-            session.train(prepared, report=report)
+            attempts.train(session, prepared)
     except BaseException as error:
         _note_end(run, error, mode)
         raise
     write_report(run)
     return run
+
+
+def smaller_run(plan: Plan, resources: Resources) -> str:
+    """The cheapest change of a run that takes clearly less memory than the plan, if the planner finds one."""
+    config = with_values(plan.config, backoff.decided(plan))
+    choice = planned(config, resources).choice
+    if choice is None:
+        return ""
+    budget = int((1 - LESS) * choice.prediction.peak_bytes)
+    try:
+        planned(with_values(config, {"memory.budget": budget}), resources)
+    except InfeasibleError as error:
+        return str(error).partition(CHEAPEST)[2]
+    return ""
+
+
+def _plan_of_attempt(attempts: Attempts, killed_since: float | None) -> Plan:
+    """The plan of a config with what was given up before; after a kill, that of the killed attempt with less."""
+    if killed_since is None:
+        return attempts.replan(with_values(attempts.asked, attempts.given_up))
+    try:
+        failure = killed(attempts.run, since=killed_since)
+        return attempts.after(attempts.run.load_plan(), failure)
+    except OutOfMemory as error:
+        _note_end(attempts.run, error, "resume")
+        raise
 
 
 def check_same_config(old: Config, new: Config) -> None:
@@ -110,9 +163,9 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _write_inputs(run: RunDir, plan: Plan, prepared: "Prepared", report: Report) -> None:
-    """config.yaml, plan.json and data.json, and the events that open an attempt."""
-    write_bytes(run.config_yaml, config_to_yaml(plan.config).encode("utf-8", "backslashreplace"))
+def _write_inputs(run: RunDir, config: Config, plan: Plan, prepared: "Prepared", report: Report) -> None:
+    """config.yaml as the user gave it, plan.json and data.json, and the events that open an attempt."""
+    write_bytes(run.config_yaml, config_to_yaml(config).encode("utf-8", "backslashreplace"))
     run.write_json(run.plan_json, plan.to_dict())
     run.write_json(run.data_json, prepared.to_dict())
     decisions = {decision.key: decision.value for decision in plan.decisions}
