@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ MAX_SHARE = 0.9
 """Of the memory at hand: the limit of the first run."""
 MAX_PROBES = 18
 MIN_LIMIT_BYTES = 64 * MIB
+SEARCH_STEPS = 2
+"""Of a run in a search: the second step has all that later ones have. All steps are taken under the limit found."""
+MAX_CONFIRMATIONS = 4
 SLOWER = 4.0
 """A run that takes so much longer than the first one reads the same pages again and again: it counts as not fitting."""
 MIN_TIMEOUT_S, FITS_TIMEOUT_S = 120.0, 3600.0
@@ -81,18 +84,29 @@ def found(case: Case, model: Path, setting: Setting) -> list[Probe]:
             reason = f"{size(available_bytes('cpu'))} are free here"
             return [Probe(case.limit_bytes, "not tried", 0, 0, 0.0, 0, reason=reason)]
         return [told(case, tried(case, case.limit_bytes, model, setting, timeout_s=FITS_TIMEOUT_S), setting)]
-    probes = [told(case, tried(case, generous, model, setting, timeout_s=FITS_TIMEOUT_S), setting)]
+    short = replace(case, num_steps=min(case.num_steps, SEARCH_STEPS))
+    probes = [told(case, tried(short, generous, model, setting, timeout_s=FITS_TIMEOUT_S), setting)]
     timeout_s = max(MIN_TIMEOUT_S, SLOWER * probes[0].time_s)
     while (limit := next_limit(probes)) is not None:
-        probes.append(told(case, tried(case, limit, model, setting, timeout_s=timeout_s), setting))
-    return probes
+        probes.append(told(case, tried(short, limit, model, setting, timeout_s=timeout_s), setting))
+    return probes + confirmed(case, probes, model, setting, timeout_s=timeout_s * case.num_steps / short.num_steps)
+
+
+def confirmed(case: Case, probes: Sequence[Probe], model: Path, setting: Setting, *, timeout_s: float) -> list[Probe]:
+    """All steps under the limit that was found, or under the next larger ones until they complete."""
+    _, limit = bracket(probes)
+    found: list[Probe] = []
+    while limit is not None and len(found) < MAX_CONFIRMATIONS:
+        found.append(told(case, tried(case, limit, model, setting, timeout_s=timeout_s), setting))
+        limit = None if found[-1].state == "completed" else int((1 + RESOLUTION) * limit)
+    return found
 
 
 def bracket(probes: Sequence[Probe]) -> tuple[int, int | None]:
     """The largest limit under which a run did not complete (0: none), and the smallest above it under which one did."""
-    lowest = min((probe.limit_bytes for probe in probes if probe.state == "completed"), default=None)
-    failed = [p.limit_bytes for p in probes if p.state != "completed" and (lowest is None or p.limit_bytes < lowest)]
-    return max(failed, default=0), lowest
+    failed = max((probe.limit_bytes for probe in probes if probe.state != "completed"), default=0)
+    done = [probe.limit_bytes for probe in probes if probe.state == "completed" and probe.limit_bytes > failed]
+    return failed, min(done, default=None)
 
 
 def next_limit(probes: Sequence[Probe]) -> int | None:
@@ -163,7 +177,8 @@ def row(case: Case, probes: Sequence[Probe], expected: Sequence[float]) -> Row:
     """The answer with its runs. Losses that are not the first case's make it void."""
     low, high = bracket(probes)
     done = [probe for probe in probes if probe.state == "completed"]
-    best = min(done, key=lambda probe: probe.limit_bytes) if done else None
+    whole = [probe for probe in done if len(probe.losses) == case.num_steps and probe.limit_bytes == high]
+    best = whole[-1] if whole else None
     difference = max(
         (abs(a / b - 1) for probe in done for a, b in zip(probe.losses, expected, strict=False)), default=0
     )
@@ -181,9 +196,9 @@ def row(case: Case, probes: Sequence[Probe], expected: Sequence[float]) -> Row:
         **asdict(case),
         "params": params_of(MODELS[case.model]),
         "limit_bytes": case.limit_bytes,
-        "smallest_limit_bytes": high,
+        "smallest_limit_bytes": high if best else None,
         "largest_failed_bytes": low or None,
-        "is_exact": high is not None and high <= (1 + RESOLUTION) * low,
+        "is_exact": high is not None and high <= (1 + RESOLUTION) ** 2 * low,
         "peak_own_bytes": best.peak_own_bytes if best else None,
         "losses": best.losses if best else None,
         "loss_difference": difference if expected else None,

@@ -41,6 +41,7 @@ class Case:
     model: str
     num_steps: int
     length: int
+    num_rows: int = 10
     limit_bytes: int | None = None
     memory: Mapping[str, Any] | None = None
     """The `memory` section of burnish's config; everything is `auto` without it."""
@@ -90,7 +91,7 @@ def write_rows(folder: Path, case: Case) -> Path:
     """Texts of exactly `length` tokens with the end token; each repeats a few words, so that there is much to learn."""
     draw = random.Random(DATA_SEED)
     lines = []
-    for _ in range(case.num_steps):
+    for _ in range(case.num_rows):
         few = draw.sample(WORDS, 8)
         lines.append(json.dumps({"text": " ".join(draw.choices(few, k=case.length - 1))}))
     path = folder / ROWS
@@ -101,7 +102,7 @@ def write_rows(folder: Path, case: Case) -> Path:
 def order(case: Case) -> list[int]:
     """The row of every step, as burnish's sampler draws them: the peer takes them in the same order."""
     sampler = Sampler(
-        np.zeros(case.num_steps, dtype=np.int64),
+        np.zeros(case.num_rows, dtype=np.int64),
         [1.0],
         seed=case.seed,
         global_batch_size=1,

@@ -34,7 +34,8 @@ def checkpoint(name: str, folder: Path) -> Path:
     shapes = {key: value.shape for key, value in model.state_dict().items() if not (is_tied and key in tied)}
     config.save_pretrained(path)
     tokenizer().save_pretrained(path)
-    places, total = {}, 0
+    places: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(shards(shapes)):
         file = f"model-{number:05d}.safetensors"
         drawn = {key: weight(key, shapes[key], seed=number) for key in shard}

@@ -6,6 +6,7 @@ The folder has the job and its rows; the losses and the adapter are written ther
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -18,7 +19,7 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(job["num_threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=torch.bfloat16,
         device_map={"": "cpu"},
