@@ -14,10 +14,10 @@ from typing import Any
 from ..harness.errors import ConfigError
 from .benchmark import Choice, Item
 from .modes import MODES
-from .workload import MODELS, Workload, parse_batch
+from .suite import did_you_mean
+from .workload import DEFAULT_BATCH, DEFAULT_MODEL, MODELS, Workload, model_named, parse_batch
 
 SEPARATOR = " · "
-DEFAULT_MODEL, DEFAULT_BATCH = "smollm2-135m", "4x256"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def cases(device: str, choice: Choice) -> list[Case]:
 
 
 def custom(device: str, choice: Choice) -> Case:
-    """Raises ConfigError for a mode there is not, and a baseline that is not among the modes."""
+    """Raises ConfigError for a mode or a model there is not, and a baseline that is not among the modes."""
     modes = tuple(dict.fromkeys(choice.modes)) or QUICK_MODES
     baseline = choice.baseline or ("peft" if "peft" in modes else modes[0])
     check_names([*modes, baseline])
@@ -140,7 +140,7 @@ def custom(device: str, choice: Choice) -> Case:
     own = [mode for mode in modes if mode.startswith("burnish")]
     return Case(
         name=f"{model if model in MODELS else Path(model).name} {batch}",
-        model=MODELS.get(model, {"path": model}),
+        model=model_named(model),
         batch=batch,
         modes=modes,
         baseline=baseline,
@@ -154,4 +154,4 @@ def custom(device: str, choice: Choice) -> Case:
 def check_names(modes: Sequence[str]) -> None:
     for mode in modes:
         if mode not in MODES:
-            raise ConfigError(f"{mode!r} is no mode of the step benchmark; there is {', '.join(MODES)}")
+            raise ConfigError(f"{mode!r} is no mode of the step benchmark{did_you_mean(mode, MODES)}")

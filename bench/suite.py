@@ -1,7 +1,9 @@
 """The benchmarks by name, and the module of each. No torch here; the modules may import it."""
 
+from collections.abc import Iterable
 from importlib import import_module
 
+from ..harness.config_errors import suggestion
 from ..harness.errors import ConfigError
 from .benchmark import Benchmark
 
@@ -15,6 +17,12 @@ def benchmark(name: str) -> Benchmark:
     """Raises ConfigError for one there is not."""
     modules = MODULES | ON_REQUEST
     if name not in modules:
-        raise ConfigError(f"{name!r} is no benchmark; there is {', '.join(modules)}")
+        raise ConfigError(f"{name!r} is no benchmark{did_you_mean(name, modules)}")
     found: Benchmark = import_module(modules[name], __package__).BENCHMARK
     return found
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name there is not: the nearest one, or all there are."""
+    close = suggestion(word, list(names))
+    return f"; did you mean {close}?" if close else f"; there is {', '.join(names)}"

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from ..harness.config import Config
+from ..harness.config_errors import suggestion
 from ..harness.errors import ConfigError
+from ..harness.paths import resolve_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-70b-2-layers": {"init": llama(8192, 28672, 2, 64, 8, **UNTIED)},
 }
 """Names for --model: the `model` section of a config, without dtype. A model cut to some layers says so."""
+DEFAULT_MODEL, DEFAULT_BATCH = "smollm2-135m", "4x256"
 MAX_SIDE = 2**20
 
 
@@ -61,7 +64,7 @@ class Workload:
     Batch number n holds random tokens that depend on (seed, n) alone; step i trains on batch i % num_batches.
     """
 
-    model: dict[str, Any] = field(default_factory=lambda: MODELS["smollm2-135m"])
+    model: dict[str, Any] = field(default_factory=lambda: MODELS[DEFAULT_MODEL])
     """The `model` section of a config, without dtype."""
     num_sequences: int = 4
     length: int = 256
@@ -132,3 +135,17 @@ def parse_batch(text: str) -> tuple[int, int]:
     if not (1 <= sides[0] <= MAX_SIDE and 2 <= sides[1] <= MAX_SIDE):
         raise ConfigError(f"--batch {text!r}: give sequences x tokens, for example 4x256")
     return sides
+
+
+def model_named(name: str) -> dict[str, Any]:
+    """The `model` section of one of MODELS, or of a model's path. Raises ConfigError for a file there is not."""
+    if name in MODELS:
+        return MODELS[name]
+    try:
+        resolved = resolve_path(name)
+    except ConfigError as error:
+        raise ConfigError(f"--model {error}; shapes are {', '.join(MODELS)}") from None
+    close = suggestion(name, list(MODELS))
+    if close and resolved == name:  # a name on the hub, for all that can be seen here
+        raise ConfigError(f"--model {name!r} is no shape and no path; did you mean {close}?")
+    return {"path": name}

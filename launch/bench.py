@@ -5,33 +5,36 @@ and re-measures them; `report` and `docs` write the page and the documents; `pro
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..bench import record, runner, suite
 from ..bench.benchmark import Benchmark, Choice, Result, Say, Setting
 from ..bench.table import as_text
-from ..bench.workload import MODELS, Workload, parse_batch
+from ..bench.workload import DEFAULT_BATCH, DEFAULT_MODEL, Workload, model_named, parse_batch
 from ..harness.errors import ConfigError, TrainingError
 from .commands import Answer
+from .interrupt import Interrupts
 from .resources import has_gpu_driver, num_cpus
 
 DEFAULT_FOLDER = Path("runs/bench")
-DEFAULT_BATCH = "4x256"
 DEFAULT_TOLERANCE = 0.1
 REPORT = "report.html"
 NUM_WARMUP = 2
 NUM_PROFILE_ROWS = 30
+PARTS_OF_A_RUN = ("quick", "only", "modes", "baseline", "model", "batch", "seconds", "out")
+"""Options that a recorded run is made without."""
 EXIT_INTERRUPTED = 130
 EXIT_WORSE = 6
 """A figure got worse, a result of burnish is wrong, or a document says what the results do not."""
 
 
 def run(options: argparse.Namespace, progress: TextIO) -> Answer:
-    """Runs one action. Raises ConfigError, TrainingError."""
+    """Runs one action; SIGTERM ends it as Ctrl-C does. Raises ConfigError, TrainingError."""
 
     def say(text: str) -> None:
         print(text, file=progress, flush=True)
@@ -45,7 +48,8 @@ def run(options: argparse.Namespace, progress: TextIO) -> Answer:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}: at least 1")
-    return action.function(options, say)
+    with Interrupts(say):
+        return action.function(options, say)
 
 
 def measure(options: argparse.Namespace, say: Say) -> Answer:
@@ -82,7 +86,7 @@ def choice_of(options: argparse.Namespace, benchmarks: Sequence[Benchmark]) -> C
     return Choice(
         is_quick=options.quick,
         only=tuple(options.only or ()),
-        modes=tuple(options.modes.split(",")) if options.modes else (),
+        modes=tuple(options.modes.split(",")) if options.modes is not None else (),
         baseline=options.baseline,
         model=options.model,
         batch=options.batch,
@@ -113,16 +117,26 @@ def listed(benchmarks: Sequence[Benchmark], choice: Choice, device: str) -> Answ
 
 def folder_for(options: argparse.Namespace) -> Path:
     """Where the results go, made; found wrong before minutes are spent."""
-    if options.record and (options.out or options.quick or options.only or options.modes):
-        raise ConfigError(
-            "--record keeps a whole full run in bench/results: not with --out, --quick, --only or --modes"
-        )
+    if options.record:
+        check_record(options)
     folder = Path(options.out) if options.out else DEFAULT_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(f"--out {folder}: {error.strerror}") from None
     return folder
+
+
+def check_record(options: argparse.Namespace) -> None:
+    """Raises ConfigError where the run would be no whole one, or there are no documents to write."""
+    from ..bench import document
+
+    if given := [f"--{name}" for name in PARTS_OF_A_RUN if getattr(options, name)]:
+        raise ConfigError(f"--record keeps a whole full run in bench/results: not with {' and '.join(given)}")
+    for path in (document.DOCUMENT, document.README):
+        document.text_of(path)
 
 
 def recorded(results: Sequence[Result]) -> list[str]:
@@ -240,10 +254,8 @@ def profile(options: argparse.Namespace, say: Say) -> Answer:
 def workload_of(options: argparse.Namespace) -> Workload:
     num_sequences, length = parse_batch(options.batch or DEFAULT_BATCH)
     threads = num_cpus() if options.threads is None else options.threads
-    work = Workload(num_sequences=num_sequences, length=length, num_threads=threads)
-    if options.model is None:
-        return work
-    return replace(work, model=MODELS.get(options.model, {"path": options.model}))
+    model = model_named(options.model or DEFAULT_MODEL)
+    return Workload(model=model, num_sequences=num_sequences, length=length, num_threads=threads)
 
 
 def no_names(options: argparse.Namespace) -> None:

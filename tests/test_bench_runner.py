@@ -1,7 +1,9 @@
 """Running a benchmark and the verb `bench`, on a fake benchmark: files, progress, interruption, limits, mistakes."""
 
 import json
+import os
 import re
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -145,6 +147,11 @@ def test_a_pattern_without_a_match_is_a_mistake():
         runner.run(fake(good), setting(), Choice(only=("one", "four")))
 
 
+def test_an_unknown_benchmark_is_a_mistake():
+    with pytest.raises(ConfigError, match="'kernel' is no benchmark; did you mean kernels"):
+        suite.benchmark("kernel")
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 0, "rows": []}', None])
 def test_a_file_that_is_no_result_is_named(tmp_path, content):
     path = tmp_path / "x.json"
@@ -220,6 +227,18 @@ def test_an_interrupted_run_is_exit_130_and_kept(verb, tmp_path):
     ]
 
 
+def test_a_terminated_run_is_kept_like_an_interrupted_one(verb, tmp_path):
+    def terminated(item, _setting):
+        yield from good(item, _setting)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert verb("run", measure=terminated)[0] == 130
+    rows = record.load(tmp_path / "runs/bench/fake.json")["rows"]
+    assert [row["state"] for row in rows] == ["ok", "not measured", "not measured"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_recorded_run_is_kept_with_the_documents(verb, tmp_path, monkeypatch):
     from burnish.bench import document
 
@@ -255,7 +274,11 @@ MISTAKES = {
     "option of another": (["run", "--times"], "--times is an option of burnish bench compare"),
     "option with a dash": (["run", "--docs-only"], "--docs-only is an option of burnish bench verify"),
     "option of one benchmark": (["run", "--modes", "peft"], "--modes is an option of burnish bench run step"),
-    "record and quick": (["run", "--record", "--quick"], "--record keeps a whole full run"),
+    "record and quick": (["run", "--record", "--quick"], "--record keeps a whole full run .* not with --quick"),
+    "record and less time": (["run", "--record", "--seconds", "9"], "not with --seconds"),
+    "unknown mode": (["profile", "burnis"], "'burnis' is no mode .* did you mean burnish"),
+    "no model": (["profile", "burnish", "--model", "no.gguf"], "--model 'no.gguf': no such file"),
+    "misspelled shape": (["profile", "burnish", "--model", "llama-1B"], "did you mean llama-1b"),
     "pattern": (["run", "--only", "nothing"], "'nothing' is nothing that fake measures"),
     "folder that is a file": (["run", "--out", "file"], "--out file"),
     "one result to compare": (["compare", "file"], "needs two results"),
