@@ -89,6 +89,7 @@ class Survey:
     default: Plan
     limits: Limits
     speeds: Speeds
+    is_as_before: bool = False
 
 
 def survey(
@@ -99,8 +100,13 @@ def survey(
     run_dir: str = "",
     cwd: str = "",
     calibration: Calibration | None = None,
+    before: Plan | None = None,
 ) -> Survey:
-    """Raises ConfigError and InfeasibleError as make_plan does; that nothing fits is no error here."""
+    """Raises ConfigError and InfeasibleError as make_plan does; that nothing fits is no error here.
+
+    `before` is the plan of the run that goes on: what it had is taken again where it still can be, for a step of
+    another micro-batch is not the same bit for bit.
+    """
     default = make_plan(config, resources, run_dir=run_dir, cwd=cwd)
     limits = limits_of(default, resources, calibration)
     speeds = _speeds(default, resources, calibration)
@@ -110,7 +116,8 @@ def survey(
         prediction = predict(plan, profile, calibration)
         cost = estimate(plan, profile, speeds)
         candidates.append(Candidate(plan, prediction, cost, over=_over(prediction, limits)))
-    return Survey(_pick(candidates, default), tuple(candidates), default, limits, speeds)
+    kept = _as_before(candidates, default, before)
+    return Survey(kept or _pick(candidates, default), tuple(candidates), default, limits, speeds, kept is not None)
 
 
 def limits_of(plan: Plan, resources: Resources, calibration: Calibration | None = None) -> Limits:
@@ -200,6 +207,14 @@ def _over(prediction: Prediction, limits: Limits) -> dict[str, int]:
         "nvme": (prediction.nvme_bytes, limits.nvme_bytes),
     }
     return {place: wanted - have for place, (wanted, have) in need.items() if wanted > have}
+
+
+def _as_before(candidates: list[Candidate], default: Plan, before: Plan | None) -> Candidate | None:
+    """The candidate with the settings of an earlier plan for as many workers, if it fits."""
+    if before is None or before.world_size != default.world_size or before.device != default.device:
+        return None
+    wanted = {name: getattr(before, name) for name in SETTINGS}
+    return next((one for one in candidates if one.fits and one.settings == wanted), None)
 
 
 def _differences(candidate: Candidate, default: Plan) -> int:

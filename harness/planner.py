@@ -43,14 +43,15 @@ def choose(
     cwd: str,
     calibration: Calibration | None = None,
     profile_of: Callable[[Config], Profile] | None = None,
+    before: Plan | None = None,
 ) -> Choice:
     """The plan of the config on these resources; its config is the one given, with every `auto` left in it.
 
     Raises ConfigError and InfeasibleError as make_plan does, and InfeasibleError where no candidate fits; it names the
     cheapest change that would. `profile_of` gives the profile of a config that loads or trains the model otherwise;
-    without it such changes are not searched.
+    without it such changes are not searched. `before` is the plan of the run that goes on, see `survey`.
     """
-    found = survey(config, resources, profile, run_dir=run_dir, cwd=cwd, calibration=calibration)
+    found = survey(config, resources, profile, run_dir=run_dir, cwd=cwd, calibration=calibration, before=before)
     if not found.best.fits:
         raise refusal(found, config, resources, profile, calibration=calibration, profile_of=profile_of)
     plan = replace(found.best.plan, config=config, decisions=decisions(found, calibration))

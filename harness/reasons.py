@@ -29,6 +29,8 @@ def decisions(survey: Survey, calibration: Calibration | None = None) -> tuple[D
 
 def why(name: str, survey: Survey) -> str:
     """What the value of `make_plan` would have meant, with everything else as it was chosen."""
+    if survey.is_as_before:
+        return "as the run was planned before"
     usual = getattr(survey.default, name)
     twin = nearest(survey.best, survey, name, usual)
     if name == "zero_stage":

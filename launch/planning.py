@@ -76,8 +76,8 @@ def _with_gpus(here: Resources, hardware: Hardware) -> Resources:
     return replace(here, device="cuda", num_devices=count, device_memory_bytes=free, device_name=name)
 
 
-def planned(config: Config, resources: Resources) -> Planned:
-    """The plan of the run in runs_dir/name.
+def planned(config: Config, resources: Resources, *, before: Plan | None = None) -> Planned:
+    """The plan of the run in runs_dir/name; `before` is its plan so far, where it goes on.
 
     Raises ConfigError for a model that is not there or an adapter that does not fit it, InfeasibleError for a run that
     does not fit. A model that cannot be profiled is planned with its lasting state alone, and the plan says so.
@@ -98,6 +98,7 @@ def planned(config: Config, resources: Resources) -> Planned:
         cwd=cwd,
         calibration=calibration,
         profile_of=profiler(config),
+        before=before,
     )
     chosen = replace(choice.chosen, plan=_noted(choice.plan, notes))
     return Planned(chosen.plan, resources, profile, replace(choice, chosen=chosen), calibration, profiler(config))

@@ -124,6 +124,20 @@ def test_a_budget_overrides_the_devices_memory():
     assert choice.limits.device_bytes == int((1 - MARGIN["cuda"]) * 5 * GIB)
 
 
+def test_a_run_that_goes_on_keeps_its_settings_while_they_fit():
+    tight, roomy, tighter = gpus(1, 3.9), gpus(1, 80), gpus(1, 3.3)
+    first = chosen(tight).plan
+    assert first.micro_batch_size == 4
+    again = choose(make_config(), roomy, profile(), run_dir="runs/small", cwd=".", before=first)
+    assert again.plan.micro_batch_size == 4
+    assert reasons(again)["micro_batch_size"] == "as the run was planned before"
+    assert choose(make_config(), tighter, profile(), run_dir="", cwd="", before=first).plan.micro_batch_size < 4
+    fixed = make_config(train={"micro_batch_size": 2})
+    assert choose(fixed, roomy, profile(), run_dir="", cwd="", before=first).plan.micro_batch_size == 2
+    two = make_config(launch=ray(2))
+    assert choose(two, gpus(2, 80), profile(), run_dir="", cwd="", before=first).plan.zero_stage == 2
+
+
 def test_the_same_config_and_resources_give_the_same_plan():
     plans = [chosen(gpus(4, 3), launch=ray(4)).plan.to_json() for _ in range(3)]
     assert plans[0] == plans[1] == plans[2]
