@@ -182,6 +182,7 @@ def _verification(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"    {spaced(row['name']):<24}{sizes}{error:>10}"
     verdict = "within" if found["ok"] else "beyond"
     yield f"  the peak is {100 * found['error']:+.1f} % off, {verdict} {100 * found['tolerance']:.0f} %"
+    yield f"  a process that holds no weights has {size(found['baseline_bytes'])}, not counted above"
     count = found["num_micro_batches"]
     what = f"a step of {count} micro-batch{'es' if count > 1 else ''}"
     yield f"  {what} took {seconds(found['step_s'])}, estimated {seconds(found['estimated_step_s'])}"

@@ -51,6 +51,7 @@ def verify(planned: Planned) -> dict[str, Any]:
         "error": error,
         "tolerance": TOLERANCE,
         "ok": abs(error) <= TOLERANCE,
+        "baseline_bytes": measured.baseline_bytes,
         "step_s": measured.step_s,
         "num_micro_batches": tried.gradient_accumulation_steps,
         "estimated_step_s": cost.step_s,
