@@ -349,7 +349,7 @@ def attention_plan(module: Any, call: Any, groups: list[Group]) -> AttentionPlan
 
 def fuse_head(base: Any, seen: Trace, swaps: Swaps) -> bool:
     """The output embedding, where the model's logits are its output, soft-capped or not."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if not fused.is_plain_linear(head) or seen.head_input is None or not accepts(base, "logits_to_keep"):
         return False
     cap = getattr(base.config, "final_logit_softcapping", None)

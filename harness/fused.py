@@ -61,10 +61,11 @@ def is_plain_linear(module: Any) -> bool:
     return type(module) is nn.Linear or (isinstance(module, nn.Linear) and getattr(state, "quant_type", "") == "nf4")
 
 
-def dense_weight(module: nn.Module) -> Tensor:
+def dense_weight(module: Any) -> Tensor:
     """The weight of a plain linear layer; one in NF4 is dense only while the caller holds it."""
-    state = getattr(module.weight, "quant_state", None)
-    return module.weight if state is None else nf4_dequant(Nf4Weight.from_quant_state(module.weight, state))
+    weight: Tensor = module.weight
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else nf4_dequant(Nf4Weight.from_quant_state(weight, state))
 
 
 def projection_of(module: Any) -> Projection | None:
@@ -359,7 +360,7 @@ class FusedHead:
         assert self.targets.shape == hidden_states.shape[:-1], (self.targets.shape, hidden_states.shape)
         loss_sum, self.num_right = linear_cross_entropy(
             hidden_states.flatten(0, -2),
-            dense_weight(self),  # type: ignore[arg-type]
+            dense_weight(self),
             self.targets.flatten(),
             bias=self.bias,  # type: ignore[attr-defined]
             label_smoothing=self.label_smoothing,

@@ -252,7 +252,7 @@ class _KeptFile:
     def _write(self, tensor: Tensor, place: Range) -> None:
         assert self.descriptor is not None
         assert (tensor.dtype, tuple(tensor.shape)) == (place.dtype, place.shape), (tensor.dtype, tensor.shape, place)
-        data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data: Any = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < place.num_bytes:
             done += os.pwrite(self.descriptor, data[done:], place.start + done)

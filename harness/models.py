@@ -20,7 +20,7 @@ from .activations import apply_activation_policy, offload_activations
 from .config import Config
 from .drawing import outline
 from .errors import ConfigError
-from .loading import Dense, Keep, facts_of, in_memory, kept, load_mapped, name_origin, weight_files
+from .loading import Dense, Keep, Parts, facts_of, in_memory, kept, load_mapped, name_origin, weight_files
 from .memory import Counts
 from .plan import Plan
 from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
@@ -210,9 +210,13 @@ def _finish(
         if todo:
             todo.run(device=device, dense=dense.values, keep=keep)
         for name, weight in casts.items():
-            weight.data = keep(name, lambda found=weight: {"values": dense.values(found).to(device)})["values"]
+            weight.data = keep(name, partial(_cast, dense, weight, device))["values"]
     for buffer in dense.model.buffers():
         buffer.data = dense.values(buffer)
+
+
+def _cast(dense: Dense, weight: nn.Parameter, device: str) -> Parts:
+    return {"values": dense.values(weight).to(device)}
 
 
 def _empty(config: Config, model_config: Any) -> Any:

@@ -93,7 +93,7 @@ class Nf4Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., K]."""
-        table = Nf4Weight.from_quant_state(self.weight, self.weight.quant_state)
+        table = _packed(self)
         if self.embedding_dim % table.blocksize:  # a block lies in two rows
             return nf4_dequant(table)[ids]
         rows, blocks = ids.reshape(-1), self.embedding_dim // table.blocksize
@@ -104,7 +104,11 @@ class Nf4Embedding(nn.Embedding):
             absmax = (table.code2[absmax.int()] * coarse).add_(table.offset)
         packed = table.bytes_().view(self.num_embeddings, -1)[rows]
         found = Nf4Weight(packed, absmax.reshape(-1), (len(rows), self.embedding_dim), table.dtype, table.blocksize)
-        return nf4_dequant(found).view(*ids.shape, -1)
+        return nf4_dequant(found).view(*ids.shape, self.embedding_dim)
+
+
+def _packed(table: Any) -> Nf4Weight:
+    return Nf4Weight.from_quant_state(table.weight, table.weight.quant_state)
 
 
 def dequantized(model: Any, dtype: torch.dtype) -> Any:
@@ -112,7 +116,7 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
     model = model.dequantize(dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, Nf4Embedding):
-            weight = nf4_dequant(Nf4Weight.from_quant_state(module.weight, module.weight.quant_state)).to(dtype)
+            weight = nf4_dequant(_packed(module)).to(dtype)
             model.set_submodule(name, nn.Embedding.from_pretrained(weight, padding_idx=module.padding_idx))
     return model
 
@@ -121,7 +125,9 @@ def _quantized_on(device: str, empty: nn.Parameter, weight: Tensor) -> nn.Parame
     """Quantised on the GPU; bitsandbytes takes a weight for int8 from the CPU only."""
     is_int8 = isinstance(empty, bitsandbytes.nn.Int8Params)
     options = {"has_fp16_weights": False} if is_int8 else vars(empty)
-    return type(empty)(weight if is_int8 else weight.to(device), requires_grad=False, **options).to(device)
+    kind: Any = type(empty)
+    quantized: nn.Parameter = kind(weight if is_int8 else weight.to(device), requires_grad=False, **options).to(device)
+    return quantized
 
 
 def _quantized_parts(module: Any, old: Any, dense: Callable[[nn.Parameter], Tensor]) -> Parts:
@@ -167,7 +173,8 @@ def layout(module: Any) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def parts_of(module: Any, weight: Tensor) -> Parts:
     """The parts of a dense weight [N, K] on the CPU, for this module."""
     if isinstance(module, bitsandbytes.nn.Linear8bitLt):
-        quantized = bitsandbytes.nn.Int8Params(weight, requires_grad=False).to("cpu")
+        quantized: Any = bitsandbytes.nn.Int8Params(weight, requires_grad=False)
+        quantized = quantized.to("cpu")
         return {"codes": quantized.CB, "absmax": quantized.SCB}
     made = nf4_quantize(weight, blocksize=BLOCKSIZE, double_quant=bool(module.weight.compress_statistics))
     parts = {"codes": made.packed, "absmax": made.absmax}

@@ -23,9 +23,9 @@ TEXT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 64).view(1, 1, 8, 8)}
 
 
-def finished_run(kind, folder, **changes):
+def finished_run(kind, folder, base=None, **changes):
     """A run directory whose trained weights were moved by hand; returns it with the live model."""
-    config = make_config(kind, save_backbone(kind, folder / "base"), **changes)
+    config = make_config(kind, base or save_backbone(kind, folder / "base"), **changes)
     labels = None if kind == "llama" else LABELS
     run = RunDir.create(folder / "run", mode="new")
     plan = plan_of(config, run.path)
