@@ -37,8 +37,8 @@ TIE = 0.05
 """Estimates of time that are so near to each other say nothing."""
 MARGIN = {"cpu": 0.10, "cuda": 0.05}
 """Share of the memory that is kept free: as far as a prediction may be from what is measured."""
-BASELINE_BYTES = {"cpu": 700 * 2**20, "cuda": 1536 * 2**20}
-"""Host memory of a worker's process that has imported everything and holds no weights; `plan --verify` measures it."""
+BASELINE_BYTES = {"cpu": 550 * 2**20, "cuda": 1536 * 2**20}
+"""Host memory of a process that has imported everything and holds no weights: 523 MiB measured, with CUDA assumed."""
 
 
 @dataclass(frozen=True)
