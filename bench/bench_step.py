@@ -17,12 +17,11 @@ from typing import Any
 
 from ..harness.markup import size
 from . import errands
-from .benchmark import Benchmark, Choice, Figure, Item, Result, Row, Say, Setting, Table
+from .benchmark import BUSY, Benchmark, Choice, Figure, Item, Result, Row, Say, Setting, Table
 from .pool import open_worker
 from .step_cases import Case, case_and_mode, cases, check_names
 from .step_rows import rows_of
 from .step_run import measure_case
-from .table import BUSY
 from .workload import Workload
 
 HEAD = (
@@ -38,7 +37,7 @@ def items(device: str, choice: Choice) -> list[Item]:
 
 def prepare(setting: Setting) -> dict[str, Any]:
     """The peaks of this machine, measured in a process of its own; without them there is no MFU."""
-    setting.say("what this machine can do at most")
+    setting.say("step: peaks of this machine: copy, matrix product")
     return {"peaks": peaks(setting)}
 
 
@@ -67,8 +66,8 @@ def measure(item: Item, setting: Setting) -> Iterator[Row]:
 def figures(row: Row) -> list[Figure]:
     """The times over the baseline and of burnish over this mode, the time of a step, and its memory."""
     key, found = row["key"], []
-    for what in ("ratio", "faster"):
-        if ratio := row.get(what):
+    for name, what in (("ratio", "speed over the baseline's"), ("faster", "burnish is faster by")):
+        if ratio := row.get(name):
             found.append(Figure(f"{key} · {what}", "ratio", ratio["median"], ratio["samples"], better="higher"))
     return [
         *found,

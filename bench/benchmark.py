@@ -16,6 +16,8 @@ Kind = Literal["ratio", "time", "bytes", "peak", "count"]
 """`bytes` are counted and the same every time; a `peak` is what one process took at most."""
 
 NOT_MEASURED = "not measured"
+BUSY = 0.1
+"""Cores that others may use before a figure is uncertain."""
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,10 @@ def completed(result: Result, items: Sequence[Item], *, reason: str) -> Result:
     present = {row["key"] for row in result["rows"]}
     missing = [row for item in items for row in not_measured(item, reason) if row["key"] not in present]
     return result | {"rows": [*result["rows"], *missing]}
+
+
+def others_cores(result: Result) -> list[float]:
+    """Cores that other processes used, as the result, its configurations and its rows say."""
+    places = [result, *(row.get("facts") for row in result["rows"]), *result["rows"]]
+    found = [place.get("others_cores") for place in places if isinstance(place, dict)]
+    return [float(cores) for cores in found if isinstance(cores, int | float)]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ..harness.errors import ConfigError
 from ..harness.markup import duration, number, size
 from . import suite
-from .benchmark import Benchmark, Figure, Kind, Result, Row, Table
+from .benchmark import BUSY, Benchmark, Figure, Kind, Result, Row, Table, others_cores
 from .stats import Interval, ratio_interval
 
 ERROR_RATE = 0.05
@@ -39,6 +39,8 @@ measured again on one machine, 5 were off by 10 to 24 %.
 MIN_SAMPLES = 3
 """With fewer on either side nothing is known about the noise, and no change is sure."""
 SAMPLED = ("ratio", "time")
+MAX_MISSING = 3
+"""Shown of each reason why something has no match."""
 BROKEN = ("void", "failed")
 Verdict = Literal["worse", "better", "same", "unclear"]
 
@@ -153,6 +155,8 @@ def differences(old: Result, new: Result) -> list[str]:
     for side, result in (("first", old), ("second", new)):
         if result["is_interrupted"]:
             notes.append(f"the {side} run was interrupted")
+        if (busy := max(others_cores(result), default=0.0)) > BUSY:
+            notes.append(f"other processes used up to {busy:.2f} cores in the {side} run: its figures are uncertain")
     return notes
 
 
@@ -271,14 +275,26 @@ def tables(comparison: Comparison, *, with_same: bool = False) -> list[Table]:
         if (changes := getattr(comparison, verdict)) and (with_same or verdict != "same")
     ]
     if comparison.missing:
-        rows = [(f"{name} {key}".strip(), reason) for name, key, reason in comparison.missing]
-        found.append(Table("Without a match", ("figure", "reason"), rows))
+        found.append(Table("Without a match", ("figure", "reason"), missing_cells(comparison)))
     notes = [
         *comparison.notes,
         "a change above 0 % is for the worse, whichever way the figure counts; the intervals hold together with "
         f"{100 * (1 - ERROR_RATE):.0f} % confidence",
     ]
     return [*found, Table("Comparison", ("verdict", "figures"), counts(comparison), notes)]
+
+
+def missing_cells(comparison: Comparison) -> list[tuple[str, str]]:
+    """What has no match; of many of one benchmark with the same reason their number."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, key, reason in comparison.missing:
+        groups.setdefault((name, reason), []).append(key)
+    found = []
+    for (name, reason), keys in groups.items():
+        shown, left = keys[:MAX_MISSING], len(keys) - MAX_MISSING
+        found += [(f"{name} {key}".strip(), reason) for key in shown]
+        found += [(f"{name}: {left} more", reason)] if left > 0 else []
+    return found
 
 
 def counts(comparison: Comparison) -> list[tuple[str, str]]:

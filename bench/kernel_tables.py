@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..harness.markup import size
-from .benchmark import NOT_MEASURED, Figure, Kind, Result, Row, Table
-from .table import BUSY
+from .benchmark import BUSY, NOT_MEASURED, Figure, Kind, Result, Row, Table
 
 BURNISH, REFERENCE, COMPILED, FROZEN = "burnish", "reference", "compiled", "frozen"
 HEAD = (
@@ -105,10 +104,12 @@ def over_frozen(rows: Sequence[Row]) -> Table:
 def notes(result: Result) -> list[str]:
     """How it was measured, what the columns are, and what is missing."""
     found = [
-        "x ref, x comp: the time of the operation in plain and in compiled PyTorch over burnish's",
+        "ms: burnish's; x ref, x comp: the time of the operation in plain and in compiled PyTorch over burnish's",
+        "x comp: measured in full runs, for the first case of an operation",
         "best peer: the fastest other contender, and its time over burnish's",
         "x frozen: burnish over the frozen products alone; of peak: the least time that the operation's bytes and "
-        "products take on this machine, over burnish's; saves: bytes kept for backward",
+        "products take on this machine, over burnish's",
+        "saves: bytes kept for backward; launches: operations that burnish starts, views not counted",
     ]
     rounds = [len(row["contenders"][BURNISH]["samples"]) for row in result["rows"] if row["state"] == "ok"]
     if rounds:
@@ -134,11 +135,11 @@ def _doubts(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"{name} in {row['op']}: not measured: {entry['reason']}"
             elif entry["state"] != "ok":
                 yield f"{name} in {row['key']} is {entry['state']}: {entry['reason']}"
-    disturbed = [row["others_cores"] for row in rows if row.get("others_cores", 0.0) > BUSY]
-    if disturbed:
+    measured = [row["others_cores"] for row in rows if "others_cores" in row]
+    if disturbed := [cores for cores in measured if cores > BUSY]:
         yield (
-            f"other processes used up to {max(disturbed):.2f} cores during {len(disturbed)} rows: their times are too "
-            "long and their ratios uncertain"
+            f"other processes used up to {max(disturbed):.2f} cores in {len(disturbed)} of {len(measured)} rows: their "
+            "times are too long and their ratios uncertain"
         )
 
 

@@ -12,7 +12,7 @@ from ..harness.markup import Markup, duration, join, size, tag
 from ..harness.report import document, section, table, tile
 from ..harness.run_dir import write_bytes
 from . import suite
-from .benchmark import NOT_MEASURED, Result, Row, Table
+from .benchmark import BUSY, NOT_MEASURED, Result, Row, Table, others_cores
 from .memory_cases import COUNTERPARTS, budget_text
 from .page_kernels import kernels
 from .page_memory import memory, method_of
@@ -20,7 +20,6 @@ from .page_rows import grouped, is_ok, span_of, times, times_span, value_at, why
 from .page_scale import scale
 from .page_step import step
 from .page_style import STYLE
-from .table import BUSY
 
 FIGURES: dict[str, Callable[[Result], Markup]] = {"step": step, "kernels": kernels, "memory": memory, "scale": scale}
 """Benchmark -> what draws its result, in the order of the page."""
@@ -114,12 +113,6 @@ def doubts(results: Sequence[Result]) -> Markup:
     return tag("div", *(tag("p", line) for line in found), class_="notes") if found else Markup("")
 
 
-def others_cores(result: Result) -> list[float]:
-    """Cores that other processes used, as the result, its configurations and its rows say."""
-    places = [result, *(row.get("facts") for row in result["rows"]), *result["rows"]]
-    return [cores for place in places if (cores := value_at(place, "others_cores")) is not None]
-
-
 def headlines(results: Sequence[Result]) -> list[Markup]:
     """The numbers that matter most, from the rows; one that cannot be made is left out."""
     return [tile for result in results for tile in HEADLINES.get(result["benchmark"], nothing)(result["rows"])]
@@ -207,7 +200,7 @@ def ranged(values: Sequence[float], written: Callable[[float], str]) -> str:
 def benchmark(result: Result, hardware: str) -> Markup:
     """One benchmark: its figures, what has none and why, its tables."""
     name = result["benchmark"]
-    known = suite.benchmark(name) if name in suite.MODULES else None
+    known = suite.benchmark(name) if name in suite.MODULES | suite.ON_REQUEST else None
     drawn = FIGURES[name](result) if name in FIGURES else None
     tables = known.tables(result) if known else []
     folded = tag("details", tag("summary", "All figures as tables"), *map(as_html, tables), class_="tables")

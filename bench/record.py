@@ -15,6 +15,11 @@ from ..harness.run_dir import environment, write_json
 from .benchmark import Choice, Result, Setting
 
 FORMAT = 1
+REQUIRED = (
+    *("benchmark", "device", "hardware", "time", "command", "environment", "options", "options_hash"),
+    *("is_quick", "is_interrupted"),
+)
+"""Fields of every result besides `format` and `rows`."""
 RESULTS = Path(__file__).resolve().parent / "results"
 """<hardware>/<benchmark>.json: the results kept in the repository."""
 MATRIX_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
@@ -103,6 +108,10 @@ def load(path: str | Path) -> Result:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'no JSON'}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("rows"), list):
         raise ConfigError(f"{path}: not a result of burnish bench run (format {FORMAT})")
+    if missing := [name for name in REQUIRED if name not in found]:
+        raise ConfigError(f"{path}: not a whole result of burnish bench run: has no {', '.join(missing)}")
+    if not all(isinstance(row, dict) and {"key", "state"} <= row.keys() for row in found["rows"]):
+        raise ConfigError(f"{path}: not a whole result of burnish bench run: a row has no key or no state")
     return found
 
 
@@ -113,7 +122,8 @@ def load_all(path: str | Path) -> list[Result]:
         return [load(path)]
     found = [load(file) for file in sorted(path.glob("*.json"))]
     if not found:
-        raise ConfigError(f"{path}: no result (*.json) in this folder")
+        inside = sorted({str(file.parent) for file in path.glob("*/*.json")})
+        raise ConfigError(f"{path}: no result (*.json) in this folder" + (f"; give {inside[0]}" if inside else ""))
     return found
 
 

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 
 from ..harness.markup import size
-from .benchmark import NOT_MEASURED, Result, Row, Table
+from .benchmark import BUSY, NOT_MEASURED, Result, Row, Table
 
-BUSY = 0.25
-"""Cores that others, Ray's own processes among them, may use before the table says so."""
 WORKERS_HEAD = (
     *("layout", "ms/step", "quartiles", "compute", "communication", "model", "input", "waiting"),
     *("efficiency", "at most", "tokens/s", "checkpoint"),

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from .benchmark import Table
 
-BUSY = 0.1
-"""Cores that others may use before the table warns."""
+SENTENCE = 30
+"""Characters from which on a cell is a sentence."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns: the first to the left, the others to the right."""
+    """Columns: the first and those of sentences to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i == 0 or width > SENTENCE else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

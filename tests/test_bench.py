@@ -134,7 +134,7 @@ def test_what_a_row_says(fake):
     assert "faster" not in rows["burnish"]
     figures = {figure.key: figure for row in result["rows"] for figure in BENCHMARK.figures(row)}
     assert len(figures) == 7
-    faster = figures["smollm2-135m 4x256 · peft · faster"]
+    faster = figures["smollm2-135m 4x256 · peft · burnish is faster by"]
     assert (faster.kind, faster.value, faster.samples, faster.better) == ("ratio", 4.0, [4.0] * 4, "higher")
     assert figures["smollm2-135m 4x256 · peft · peak memory"].value == MEBIBYTE
     facts = facts_of(result)

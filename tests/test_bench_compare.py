@@ -185,6 +185,23 @@ def test_what_differs_besides_the_program_is_noted():
     ]
 
 
+def test_a_run_on_a_busy_machine_is_noted():
+    quiet, busy = result(row("op", others_cores=0.05)), result(row("op"), row("other", facts={"others_cores": 1.5}))
+    assert not [note for note in compare([quiet], [quiet]).notes if "cores" in note]
+    [note] = [note for note in compare([quiet], [busy]).notes if "cores" in note]
+    assert "up to 1.50 cores in the second run" in note
+
+
+def test_of_many_rows_without_a_match_the_number_is_shown():
+    old = result(row("op"), *(row(f"gone {i}", ratio(near(2.0))) for i in range(10)))
+    found = compare([old], [result(row("op"))])
+    assert len(found.missing) == 10
+    text = "\n\n".join(as_text(table) for table in tables(found))
+    assert "fake gone 2 " in text
+    assert "fake gone 3 " not in text
+    assert "fake: 7 more" in text
+
+
 def test_results_that_cannot_be_compared_are_one_sentence():
     with pytest.raises(ConfigError, match="nothing to compare: fake on one side, other on the other"):
         compare([result()], [result(benchmark="other")])

@@ -185,7 +185,6 @@ EDITS = {
     "median of times": (lambda one: one["rows"][1]["time_s"].update(median=1.0), "time_s median is 1"),
     "one sample": (lambda one: one["rows"][0].update(times_s=[1.0, 2.0, 3.0]), "its samples say 2"),
     "no commit": (lambda one: one["environment"].update(git_commit=None), "names no commit"),
-    "no command": (lambda one: one.pop("command"), "has no command"),
     "other hardware": (lambda one: one.update(hardware="cpu-64"), "not on cpu-64"),
     "other options": (lambda one: one["options"].update(num_threads=64), "options_hash"),
     "a part": (lambda one: one["options"].update(only=["lora"]), "no whole run: only lora"),

@@ -152,6 +152,24 @@ def test_an_unknown_benchmark_is_a_mistake():
         suite.benchmark("kernel")
 
 
+def test_a_result_that_lacks_something_is_named(tmp_path):
+    result = record.opened("fake", setting(), CHOICE, {})
+    for broken, words in (
+        ({name: value for name, value in result.items() if name != "command"}, "has no command"),
+        (result | {"rows": [{"state": "ok"}]}, "a row has no key"),
+    ):
+        record.save(tmp_path / "x.json", broken)
+        with pytest.raises(ConfigError, match=words):
+            record.load(tmp_path / "x.json")
+
+
+def test_a_folder_of_folders_of_results_says_which_to_give(tmp_path):
+    (tmp_path / "cpu-2").mkdir()
+    record.save(tmp_path / "cpu-2" / "fake.json", {})
+    with pytest.raises(ConfigError, match=r"give .*cpu-2"):
+        record.load_all(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 0, "rows": []}', None])
 def test_a_file_that_is_no_result_is_named(tmp_path, content):
     path = tmp_path / "x.json"
