@@ -51,9 +51,12 @@ def find_resources(config: Config) -> Resources:
     return replace(resources, nvme_bytes=free_disk_bytes(path) if path else 0, offload_places=places)
 
 
-def plan_run(config: Config, resources: Resources) -> Plan:
-    """The plan of the run in runs_dir/name. Raises ConfigError, and InfeasibleError for what does not fit."""
-    return planned(config, resources).plan
+def plan_run(config: Config, resources: Resources, *, before: Plan | None = None) -> Plan:
+    """The plan of the run in runs_dir/name; `before` is its plan so far, where it goes on.
+
+    Raises ConfigError, and InfeasibleError for what does not fit.
+    """
+    return planned(config, resources, before=before).plan
 
 
 def train(config: Config, *, mode: Mode, report: Report, killed_since: float | None = None) -> RunDir:
@@ -67,10 +70,11 @@ def train(config: Config, *, mode: Mode, report: Report, killed_since: float | N
     """
     resources = find_resources(config)
     run = RunDir(run_path(Path(os.getcwd()) / config.runs_dir, config.name))
+    before = plan_before(run) if mode == "resume" or killed_since is not None else None
     attempts = Attempts(
         run,
         config,
-        replan=lambda changed: plan_run(changed, resources),
+        replan=lambda changed: plan_run(changed, resources, before=before),
         advice=lambda plan: smaller_run(plan, resources),
         report=report,
     )
@@ -96,6 +100,14 @@ def train(config: Config, *, mode: Mode, report: Report, killed_since: float | N
         raise
     write_report(run)
     return run
+
+
+def plan_before(run: RunDir) -> Plan | None:
+    """The plan that the run had so far, if it has one that this version can read."""
+    try:
+        return run.load_plan()
+    except ConfigError:
+        return None
 
 
 def smaller_run(plan: Plan, resources: Resources) -> str:
