@@ -33,6 +33,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, encoding="utf-8"
         )
         self.built: dict[str, Any] = {}
+        self.is_killed = False
 
     def build(self, workload: Workload) -> None:
         """Loads the model; `built` is what `Turns.ready` says of it. Raises WorkerDied."""
@@ -71,6 +72,7 @@ class Worker:
                 stream.close()  # type: ignore[union-attr]
 
     def kill(self) -> None:
+        self.is_killed = True
         self.process.kill()
         self.process.wait()
 
@@ -93,6 +95,8 @@ class Worker:
 
     def _reason(self) -> str:
         code = self.process.wait()
+        if self.is_killed:
+            return "ended with the run"
         if code == -signal.SIGKILL:
             return "killed, most likely for want of memory"
         if code < 0:

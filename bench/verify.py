@@ -9,6 +9,7 @@ either direction: a document may be too modest as well. No torch here.
 import difflib
 import itertools
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ from peaks, less what a model takes without tokens. What is counted is the same 
 NUM_ROUNDS = 7
 """At most, where the caller does not say: enough for drift, and no need of a document's narrow quartiles."""
 MIN_ROUNDS = 3
+HINT = "burnish bench docs writes docs/benchmarks.md and the figures in README.md anew, from the results"
+CONTEXT_WORDS = 6
+"""Shown before and behind what differs in a line."""
 QUARTILES = ("q1", "median", "q3")
 
 
@@ -114,7 +118,20 @@ def line_problems(present: str, expected: str) -> Iterator[str]:
             elif other is None:
                 yield f"line {number}: says {line!r}, of which the results say nothing"
             else:
-                yield f"line {number}: says {line!r}, the results say {other!r}"
+                says_here, says_there = differing(line, other)
+                yield f"line {number}: says {says_here!r}, the results say {says_there!r}"
+
+
+def differing(line: str, other: str) -> tuple[str, str]:
+    """Both lines without the words that they begin and end with alike, but for a few next to what differs."""
+    words = line.split(" "), other.split(" ")
+    num_least = min(map(len, words))
+    first = next((i for i in range(num_least) if words[0][i] != words[1][i]), num_least)
+    last = next((i for i in range(num_least - first) if words[0][-1 - i] != words[1][-1 - i]), num_least - first)
+    start, end = max(0, first - CONTEXT_WORDS), max(0, last - CONTEXT_WORDS)
+    shown = [" ".join(part[start : len(part) - end]) for part in words]
+    shown = [f"{'… ' if start else ''}{text}{' …' if end else ''}" for text in shown]
+    return shown[0], shown[1]
 
 
 def result_problems(path: Path, result: Result) -> list[str]:
@@ -294,4 +311,6 @@ def tables(found: Verification) -> list[Table]:
     summary = Table(f"Verification: {verdict}", ("what", "figures"), rows, found.notes)
     if not found.problems:
         return [summary]
-    return [Table("Problems", ("what is wrong",), [(problem,) for problem in found.problems]), summary]
+    notes = [HINT] if any(re.search(r"\.md (before )?line", problem) for problem in found.problems) else []
+    problems = [(problem,) for problem in found.problems]
+    return [Table("Problems", ("what is wrong",), problems, notes), summary]

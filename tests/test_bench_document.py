@@ -165,6 +165,17 @@ def test_lines_that_are_missing_or_too_many_are_named():
     assert list(line_problems("a", "a")) == []
 
 
+def test_of_a_long_line_only_what_differs_is_shown_with_what_is_next_to_it():
+    words = [str(number) for number in range(40)]
+    here, there = " ".join(words), " ".join([*words[:20], "x", *words[21:]])
+    [problem] = line_problems(here, there)
+    assert problem == (
+        "line 1: says '… 14 15 16 17 18 19 20 21 22 23 24 25 26 …', "
+        "the results say '… 14 15 16 17 18 19 x 21 22 23 24 25 26 …'"
+    )
+    assert list(line_problems("1 2", "1 2 2")) == ["line 1: says '1 2', the results say '1 2 2'"]
+
+
 def test_documents_that_are_not_there_or_have_no_place_for_figures_are_one_sentence(checkout, tmp_path):
     checkout["readme"].write_text("nothing marked")
     assert document_problems(**checkout) == ["README.md has no <!-- figures --> … <!-- /figures --> around its figures"]

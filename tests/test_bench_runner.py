@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from burnish.bench import record, runner, suite
 from burnish.bench.benchmark import Benchmark, Choice, Figure, Item, Setting, Table
+from burnish.bench.pool import Worker, WorkerDied
 from burnish.harness.errors import ConfigError
 from burnish.launch.cli import main
 
@@ -277,6 +278,14 @@ def test_an_interrupted_run_is_not_recorded(verb, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     assert verb("run", "--record", measure=interrupted)[0] == 130
     assert not (tmp_path / "results").exists()
+
+
+def test_a_process_that_is_ended_with_the_run_says_so():
+    worker = Worker("peft")
+    worker.kill()
+    with pytest.raises(WorkerDied, match="ended with the run"):
+        worker.step()
+    worker.close()
 
 
 def test_a_list_measures_nothing(verb, tmp_path):
