@@ -130,7 +130,9 @@ def fuse(model: nn.Module) -> Fused:
         swaps.undo()
         return Fused(attention_kernel=counts.attention_kernel)
     for group in groups:
-        pack_weights(group)
+        # A copy of a mapped weight would be this process's own: only one that is alone on its host makes it.
+        if getattr(base, "is_alone", False) or not any(is_mapped(member.base_layer.weight) for member in group.members):
+            pack_weights(group)
     return counts
 
 
@@ -201,8 +203,6 @@ def pack_weights(group: Group) -> None:
     bases = [member.base_layer for member in group.members]
     weights = [base.weight for base in bases]
     is_dense = all(type(base) is nn.Linear and base.weight.is_floating_point() for base in bases)
-    if any(is_mapped(weight) for weight in weights):
-        return  # a copy would be this process's own, of memory that all processes share
     if len(weights) < 2 or not is_dense or len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1:
         return
     rows = torch.cat([weight.data for weight in weights])

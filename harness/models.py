@@ -313,9 +313,10 @@ def build(plan: Plan, labels: list[str] | None = None) -> nn.Module:
     """The model of a worker: loaded, checked for packing, adapted, fused, activation policy on, in train mode."""
     config = plan.config
     device = "cpu" if plan.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
-    model = load_model(config, labels=labels, device=device)
+    model: Any = load_model(config, labels=labels, device=device)
     if config.data.packing:
         check_packing(model)
+    model.is_alone = plan.world_size == 1 and plan.zero_stage < 3
     model = with_kernels(adapters.adapt(model, config), config)
     with explained("memory.activation_checkpointing", plan.activation_checkpointing):
         apply_activation_policy(model, plan.activation_checkpointing)

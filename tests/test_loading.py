@@ -3,22 +3,23 @@
 import gc
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
-from backbones import LABELS, make_config, save_backbone
-from burnish.harness import adapters, drawing, loading, mapping, models, quantized
+from backbones import LABELS, make_config, plan_of, save_backbone
+from burnish.harness import adapters, loading, mapping, models, quantized
 from burnish.harness.tasks import get_task
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 IDS = torch.arange(5, 17)[None]
 QUANTIZATIONS = ({"type": "nf4"}, {"type": "nf4", "double_quant": False}, {"type": "int8"})
-INIT = {
-    "model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,21 @@ def test_weights_in_the_dtype_of_the_file_are_the_file(folders):
     assert not (saved == 7).any()
 
 
+def test_weights_that_others_may_use_too_are_not_copied_side_by_side(folders, tmp_path):
+    config = make_config("llama", folders["llama"])
+    alone = models.build(plan_of(config, tmp_path))
+    among_others = models.with_kernels(adapters.adapt(models.load_model(config), config), config)
+    assert alone.get_base_model().fused == among_others.get_base_model().fused
+    for model, is_copied in ((alone, True), (among_others, False)):
+        attention = model.get_base_model().model.layers[0].self_attn
+        weights = [getattr(attention, name).base_layer.weight for name in ("q_proj", "k_proj", "v_proj")]
+        assert [mapping.is_mapped(weight) for weight in weights] == [not is_copied] * 3
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == (1 if is_copied else 3)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "loss_mask": IDS > 8}
+    losses = [get_task("causal_lm").loss(model.train(), batch, config).item() for model in (alone, among_others)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_mapping_ends_with_its_last_tensor(folders):
     gc.collect()  # a model refers to itself
     before = len(mapping._mapped)
@@ -224,82 +240,81 @@ def test_a_header_that_lies_is_not_believed(folders, tmp_path, change):
         mapping.read_header(str(file))
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_random_weights_are_the_same_however_they_are_quantised(monkeypatch, quantization, dtype):
-    monkeypatch.setattr(drawing, "MIN_ELEMENTS", 64)
-    model = {"init": INIT, "dtype": dtype}
-    dense = models.load_model(make_config("llama", None, model=model))
-    torch.manual_seed(5)
-    plain = AutoModelForCausalLM.from_config(LlamaConfig(**INIT), dtype=dense.dtype)
-    assert_same(dense, plain)
-    config = make_config("llama", None, model=model, **quantization_section(quantization))
-    ready = models.load_model(config)
-    changed = {name for name, module in ready.named_modules() if type(module).__name__.startswith("Linear")}
-    linears = {
-        name for name, module in ready.named_modules() if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-    }
-    assert len(linears) == 14
-    assert changed - linears == {"lm_head"}
-    for name, tensor in dense.state_dict().items():
-        owner = name.removesuffix(".weight")
-        if owner in linears:
-            module = ready.get_submodule(owner)
-            for part, expected in quantized.parts_of(module, tensor).items():
-                assert torch.equal(tensors_of(ready)[part_name(name, part, quantization)], expected), (name, part)
-        else:
-            assert torch.equal(ready.state_dict()[name], tensor), name
-    assert models.parameter_counts(adapters.adapt(ready, config)) == vars(models.count_parameters(config))
+def test_of_two_that_want_the_same_file_one_makes_it_and_the_other_waits(kept):
+    """Locks belong to open files, so two threads are as good as two processes."""
+    shapes = {f"{name}.codes": (torch.float32, (3,)) for name in "ab"}
+    made, found = [], []
+
+    def make(name):
+        made.append(name)
+        time.sleep(0.2)
+        return {"codes": torch.full((3,), float(ord(name)))}
+
+    def load():
+        with loading.kept(kept, owner="me", facts=[1], shapes=shapes) as keep:
+            found.append([keep(name, partial(make, name))["codes"].tolist() for name in "ab"])
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["a", "b"]
+    assert found == [[[97.0] * 3, [98.0] * 3]] * 2
 
 
-def part_name(weight, part, quantization):
-    """Where `tensors_of` has a part of a quantised weight."""
-    if part == "codes":
-        return weight
-    return f"{weight}.scb" if quantization["type"] == "int8" else f"{weight}.{part}"
+def test_a_file_whose_making_fails_is_not_left_behind(kept):
+    shapes = {"a.codes": (torch.float32, (3,)), "b.codes": (torch.float32, (3,))}
+
+    def load():
+        with loading.kept(kept, owner="me", facts=[1], shapes=shapes) as keep:
+            keep("a", lambda: {"codes": torch.zeros(3)})
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        load()
+    assert [path.suffix for path in kept.iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize(
-    "read",
-    [lambda weight: weight.mul_(weight.norm()), lambda weight: torch.nn.init.trunc_normal_(weight, std=0.1)],
-    ids=["norm", "truncated"],
-)
-def test_a_model_that_reads_its_weights_while_it_is_made_is_made_in_full(monkeypatch, read):
-    monkeypatch.setattr(drawing, "MIN_ELEMENTS", 4)
-
-    def make():
-        linear = torch.nn.Linear(8, 8)
-        with torch.no_grad():
-            read(linear.weight)
-        return linear
-
-    torch.manual_seed(3)
-    expected = make()
-    torch.manual_seed(3)
-    made = drawing.outline(make)
-    assert torch.equal(made.draw(made.model.weight), expected.weight)
+PROPORTIONAL = """
+import sys
+from burnish.harness import models
+from burnish.harness.config import Config
+def proportional_bytes():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+before = proportional_bytes()
+model = models.load_model(Config.model_validate_json(sys.argv[1]))
+total = sum(float(p.detach().reshape(-1)[::1024].sum()) for p in model.parameters())
+print("loaded", flush=True)
+sys.stdin.readline()
+print(proportional_bytes() - before, flush=True)
+sys.stdin.readline()
+"""
 
 
-def test_drawing_one_by_one_gives_what_drawing_all_gives(monkeypatch):
-    monkeypatch.setattr(drawing, "MIN_ELEMENTS", 32)
+@pytest.mark.nightly
+@pytest.mark.parametrize("quantization", [None, QUANTIZATIONS[0]])
+def test_two_processes_hold_little_more_than_one(tmp_path, quantization):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "tie_word_embeddings": False}
+    folder = save_backbone("llama", tmp_path / "model", **sizes)
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    config = make_config("llama", folder, model__dtype="bf16", **quantization_section(quantization))
 
-    def make():
-        module = torch.nn.Sequential(
-            torch.nn.Embedding(9, 8, padding_idx=2), torch.nn.Linear(8, 7), torch.nn.Linear(7, 3)
-        )
-        torch.nn.init.xavier_normal_(module[1].weight)
-        with torch.no_grad():
-            module[1].weight[3:5].mul_(2)
-        return module
+    def together(number):
+        command = [sys.executable, "-c", PROPORTIONAL, config.model_dump_json()]
+        options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+        processes = [subprocess.Popen(command, **options) for _ in range(number)]
+        assert [process.stdout.readline() for process in processes] == ["loaded\n"] * number
+        found = []
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found.append(int(process.stdout.readline()))
+        for process in processes:
+            process.communicate("\n")
+        return sum(found)
 
-    torch.manual_seed(3)
-    expected = make().state_dict()
-    after = torch.rand(3)
-    torch.manual_seed(3)
-    made = drawing.outline(make)
-    assert torch.equal(torch.rand(3), after)
-    assert made.model[0].weight.is_meta
-    assert made.model[1].weight.is_meta
-    assert not made.model[2].weight.is_meta
-    for name, parameter in reversed(list(made.model.named_parameters())):
-        assert torch.equal(made.draw(parameter), expected[name]), name
+    together(1)  # the file is made
+    one, two = together(1), together(2)
+    assert two < 1.3 * one, (one, two)
