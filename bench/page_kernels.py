@@ -69,7 +69,11 @@ def roofline(result: Result, rows: Sequence[Row]) -> Markup:
         "No operation can lie above the roof: what this machine was measured to move (slope) and to compute (flat)."
         " Each point is one operation, forward and backward; a ring is the same in plain PyTorch."
     )
-    keys = [("burnish", "copper"), ("plain PyTorch", "grey"), *((one.name, "ink") for one in roofs)]
+    keys = [
+        ("burnish", "copper"),
+        ("plain PyTorch", "grey"),
+        *((one.name, "ink" if one.style == "roof" else "ink dashed") for one in roofs),
+    ]
     return points("Roofline", x, y, curves=[*roofs, *shafts], spots=spots, keys=keys, lead=lead, kind="roofline")
 
 
@@ -120,6 +124,7 @@ def over_frozen(rows: Sequence[Row]) -> Markup:
         groups += [(label_of(row), found)] if found else []
     values = [x for _, found in groups for bar in found for x in (bar.value or 1.0, *(bar.span or ()))]
     axis = linear("time over that of the frozen products (1×: adapters for nothing)", values, tick, start=1.0)
+    axis = replace(axis, ticks=sorted({1.0, *axis.ticks}))
     lead = "Training through frozen weights needs these products in any case; beyond 1× is the price of the adapters."
     return folded("Over the frozen products", groups, axis, MAX_GROUPS, origin=1.0, lead=lead)
 

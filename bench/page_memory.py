@@ -62,7 +62,10 @@ def peaks(rows: Sequence[Row], kind: str) -> Markup:
     x = logarithmic(x_title, xs, tokens if kind == "length" else number, base=2 if kind == "length" else 10)
     y = linear(f"peak memory, {'GB' if is_decimal else 'GiB'}", [*ys, *(level for level, _ in levels)], number)
     keys = [(one.name, f"{one.colour} {one.form}") for one in curves if one.style == "marked"]
-    keys += [("dashed: what burnish plan predicts", "ink")] if any(one.style == "dashed" for one in curves) else []
+    if any(one.style == "dashed" for one in curves):
+        parts = sorted({part for row in rows if is_ok(row) for part in row.get("predicted_parts") or []})
+        told = f" of {', '.join(parts).replace('_', ' ')}" if parts else ""
+        keys.append((f"what burnish plan predicts{told}", "ink dashed"))
     keys += [("published by others", "grey open")] if spots else []
     x, y = roomier(x, 0.26), roomier(y, 0.08)
     return points(title, x, y, curves=curves, spots=spots, levels=levels, keys=keys)

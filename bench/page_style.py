@@ -29,6 +29,7 @@ nav a { text-decoration: none; border-bottom: 1px solid currentColor; }
 figcaption { font-size: 15px; margin-bottom: 6px; }
 .key::before { background: var(--c); } .key.pale::before { opacity: 0.6; }
 .key.dotted::before { background: repeating-linear-gradient(90deg, var(--c) 0 2px, transparent 2px 5px); }
+.key.dashed::before { background: repeating-linear-gradient(90deg, var(--c) 0 5px, transparent 5px 8px); }
 .key.open::before { width: 9px; height: 9px; border: 2.5px solid var(--c); border-radius: 50%; background: none;
   vertical-align: -1px; } .key.open.dotted::before { border-style: dotted; }
 .lead { font-size: 13px; line-height: 1.5; color: var(--soft); max-width: 86ch; }

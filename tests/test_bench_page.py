@@ -148,7 +148,7 @@ def test_what_was_not_measured_here_says_so():
     peaks = figure(html, "Peak memory over the length of a sequence")
     assert "Unsloth, published: 3,000 tokens in 3 GiB; published: a made-up page" in text_of(peaks)
     assert "Unsloth, published" in figure(html, "Longest sequence that fits")
-    assert "dashed: what burnish plan predicts" in peaks
+    assert "what burnish plan predicts" in peaks
     rows = [bench_rows.row(f"row {n}", "not measured", f"reason {n}") for n in range(5)]
     many = page.page([bench_rows.result("kernels", rows)])
     assert "5 not measured: several reasons" in many
