@@ -155,8 +155,10 @@ def differences(old: Result, new: Result) -> list[str]:
     for side, result in (("first", old), ("second", new)):
         if result["is_interrupted"]:
             notes.append(f"the {side} run was interrupted")
-        if (busy := max(others_cores(result), default=0.0)) > BUSY:
-            notes.append(f"other processes used up to {busy:.2f} cores in the {side} run: its figures are uncertain")
+        every = others_cores(result)
+        if busy := [cores for cores in every if cores > BUSY]:
+            place = f"{len(busy)} of {len(every)} parts of the {side} run"
+            notes.append(f"other processes used up to {max(busy):.2f} cores in {place}: those figures are uncertain")
     return notes
 
 

@@ -189,7 +189,7 @@ def test_a_run_on_a_busy_machine_is_noted():
     quiet, busy = result(row("op", others_cores=0.05)), result(row("op"), row("other", facts={"others_cores": 1.5}))
     assert not [note for note in compare([quiet], [quiet]).notes if "cores" in note]
     [note] = [note for note in compare([quiet], [busy]).notes if "cores" in note]
-    assert "up to 1.50 cores in the second run" in note
+    assert "up to 1.50 cores in 1 of 1 parts of the second run" in note
 
 
 def test_of_many_rows_without_a_match_the_number_is_shown():
