@@ -40,6 +40,9 @@ MARGIN = {"cpu": 0.10, "cuda": 0.05}
 BASELINE_BYTES = {"cpu": 550 * 2**20, "cuda": 1536 * 2**20}
 """Host memory of a process that has imported everything and holds no weights: 523 MiB measured, with CUDA assumed."""
 
+RAY_BYTES = 2350 * 2**20
+"""Host memory of all of an embedded Ray's processes but the workers, the driver among them, as measured."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -128,7 +131,9 @@ def limits_of(plan: Plan, resources: Resources, calibration: Calibration | None 
     baseline = BASELINE_BYTES[plan.device]
     if plan.device == "cpu" and calibration is not None:
         baseline = calibration.baseline_bytes
-    host = max(0, resources.host_memory_bytes // workers - baseline)
+    is_embedded = plan.config.launch.type == "ray" and plan.config.launch.address is None
+    total = resources.host_memory_bytes - (RAY_BYTES if is_embedded else 0)
+    host = max(0, total // workers - baseline)
     margin = f"less a margin of {MARGIN[plan.device]:.0%}"
     nvme = int(keep * resources.nvme_bytes / workers)
     if budget != "auto":
@@ -137,7 +142,8 @@ def limits_of(plan: Plan, resources: Resources, calibration: Calibration | None 
     if plan.device == "cuda":
         return Limits(int(keep * resources.device_memory_bytes), int(keep * host), nvme, f"the GPU's memory {margin}")
     shared = f"the host's memory, shared by {workers}" if workers > 1 else "the host's memory"
-    return Limits(int(keep * host), 0, nvme, f"{shared}, less a process without weights, {margin}")
+    besides = "Ray and a process" if is_embedded else "a process"
+    return Limits(int(keep * host), 0, nvme, f"{shared}, less {besides} without weights, {margin}")
 
 
 def filled_configs(config: Config, default: Plan, resources: Resources) -> Iterator[Config]:

@@ -1,7 +1,7 @@
 """A memory model that can be worked out by hand, and profiles of models that do not exist: for tests of the planner."""
 
 from burnish.harness.config import Config
-from burnish.harness.memory import DTYPE_BYTES, Prediction, Profile, state_bytes
+from burnish.harness.memory import DTYPE_BYTES, Overhead, Prediction, Profile, state_bytes
 from burnish.harness.plan import Resources
 from burnish.harness.profile_numbers import Activations, Counts, HeadLine, Line
 
@@ -9,6 +9,7 @@ GIB = 2**30
 SAVED = {"none": 16, "selective": 8, "full": 1}
 """Bytes that a layer saves for each token and hidden unit."""
 NOTHING = (Line(),)
+NO_OVERHEAD = {"cpu": Overhead(0, 0.0), "cuda": Overhead(0, 0.0)}
 
 
 def profile(*, hidden=1024, layers=8, vocab=32_000, rank=None, quantized=False):

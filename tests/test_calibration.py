@@ -10,9 +10,8 @@ from burnish.harness import calibration
 from burnish.harness.calibration import MAX_SAMPLES, Sample, add, combine, path_of, read, sample_of
 from burnish.harness.candidates import limits_of, survey
 from burnish.harness.errors import ConfigError
-from burnish.harness.memory import OVERHEAD
 from burnish.harness.plan import make_plan
-from made_up_memory import GIB, cpu, gpus, make_config, predict, profile
+from made_up_memory import GIB, NO_OVERHEAD, cpu, gpus, make_config, predict, profile
 
 SAMPLE = Sample(residual_bytes=GIB // 8, transient_bytes=GIB, flops=2e10, step_s=2.0, baseline_bytes=400)
 NAME = "Some CPU @ 3.00GHz"
@@ -21,6 +20,7 @@ NAME = "Some CPU @ 3.00GHz"
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch):
     monkeypatch.setattr(calibration, "predict", predict)
+    monkeypatch.setattr(calibration, "OVERHEAD", NO_OVERHEAD)
 
 
 def test_several_verifications_count_by_their_median(tmp_path):
@@ -90,7 +90,7 @@ def test_a_sample_gives_back_the_share_that_the_measurement_was_made_with(share)
 
 def test_a_measurement_below_the_prediction_never_lowers_it_and_a_wild_one_is_bounded():
     low, wild = (combine(NAME, "cpu", [replace(SAMPLE, residual_bytes=some)]) for some in (-(2**40), 2**40))
-    assert (low.allocator_share, low.process_bytes) == (0.0, OVERHEAD["cpu"].process_bytes)
+    assert (low.allocator_share, low.process_bytes) == (0.0, 0)
     assert wild.allocator_share == calibration.MAX_SHARE
 
 
@@ -98,7 +98,7 @@ def test_small_steps_tell_what_a_process_takes_and_short_ones_no_speed():
     small = replace(SAMPLE, residual_bytes=20 * 2**20, transient_bytes=2**20, step_s=0.01)
     found = combine(NAME, "cpu", [small])
     assert (found.process_bytes, found.flops_per_s) == (20 * 2**20, None)
-    assert found.allocator_share == OVERHEAD["cpu"].allocator_share
+    assert found.allocator_share == 0
     both = combine(NAME, "cpu", [small, SAMPLE])
     assert both.allocator_share == pytest.approx((GIB // 8 - 20 * 2**20) / GIB)
     assert both.flops_per_s == 1e10

@@ -25,6 +25,7 @@ def made_up(monkeypatch, tmp_path):
     monkeypatch.setattr(planning, "profiler", lambda config: profile_for)
     monkeypatch.setattr("burnish.harness.candidates.predict", made_up_memory.predict)
     monkeypatch.setattr(calibration, "predict", made_up_memory.predict)
+    monkeypatch.setattr(calibration, "OVERHEAD", made_up_memory.NO_OVERHEAD)
     monkeypatch.setattr(calibration, "FOLDER", tmp_path / "calibration")
     monkeypatch.setattr(training, "find_resources", lambda config: HERE)
 

@@ -230,7 +230,7 @@ def test_what_is_said_to_fit_never_needs_more_than_there_is(monkeypatch, model):
 def test_the_change_that_is_advised_fits_when_it_is_made():
     rng = random.Random(1)
     advised = 0
-    for _ in range(60):
+    for _ in range(90):
         sections, resources, found = random_case(rng)
         try:
             config = make_config(**sections)
