@@ -220,9 +220,8 @@ def tables(result: Result) -> list[Table]:
     for row in searched:
         _, model, method, mode = row["key"].split(SEPARATOR)
         shown = gib(row.get("smallest_limit_bytes")) if row["state"] == "ok" else row["state"]
-        peer = next(
-            (one for one in searched if one["key"] == SEPARATOR.join(("smallest limit", model, method, PEER))), {}
-        )
+        peers_key = SEPARATOR.join(("smallest limit", model, method, PEER))
+        peer: Row = next((one for one in searched if one["key"] == peers_key), {})
         ratio = "–"
         if row["state"] == peer.get("state") == "ok":
             ratio = f"{row['smallest_limit_bytes'] / peer['smallest_limit_bytes']:.2f}"

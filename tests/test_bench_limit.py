@@ -2,14 +2,17 @@
 
 import json
 import os
+import random
 import sys
 
 import pytest
+import tiny
 from burnish.bench import bench_limit, cgroup, limit_cases, limit_models, suite
 from burnish.bench.bench_limit import Probe, bracket, next_limit, row
 from burnish.bench.benchmark import Choice, Setting
 from burnish.bench.limit_cases import OWN, PEER, Case
 from burnish.bench.table import as_text
+from burnish.harness.run_dir import read_jsonl
 
 MIB = 2**20
 WHY_NOT = cgroup.missing()
@@ -161,3 +164,44 @@ def test_both_ways_of_qlora_take_the_same_steps_on_the_same_rows(small_model):
     assert found[0].losses == pytest.approx(found[1].losses, rel=bench_limit.LOSS_TOLERANCE)
     assert all(100 * MIB < probe.peak_own_bytes < 2**30 for probe in found)
     assert not [path for path in small_model.parent.iterdir() if path.name.startswith("limit-")]
+
+
+@pytest.mark.nightly
+@needs_cgroups
+def test_an_inline_run_that_the_kernel_kills_goes_on_with_less_and_ends_with_the_losses_of_one_started_small(tmp_path):
+    """A step of the whole batch takes 350 MiB. The budget keeps the planner from seeing the limit."""
+    steps = {"max_steps": 3, "global_batch_size": 1024, "micro_batch_size": 1024, "num_threads": 1}
+    path = tiny.write_config(tmp_path, train=steps, memory={"budget": "64GiB"})
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(tiny.WORDS, k=60)) for _ in range(64)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [sys.executable, "-m", "burnish.launch.cli", "train", str(path)]
+    free = cgroup.run_limited([*command, "name=free"], limit_bytes=4096 * MIB, timeout_s=300, cwd=tmp_path)
+    assert free.exit_code == 0, free.output
+    limit = free.peak_own_bytes - 150 * MIB
+    limited = cgroup.run_limited(command, limit_bytes=limit, timeout_s=300, cwd=tmp_path)
+    assert limited.exit_code == 0, limited.output
+    assert limited.num_killed >= 1
+    events = [e for e in read_jsonl(tmp_path / "runs/tiny/events.jsonl") if e["event"] == "out_of_memory"]
+    assert len(events) == limited.num_killed
+    assert events[0]["micro_batch_size_before"] == 1024
+    small = f"train.micro_batch_size={events[-1]['micro_batch_size']}"
+    again = cgroup.run_limited([*command, "name=small", small], limit_bytes=4096 * MIB, timeout_s=300, cwd=tmp_path)
+    assert again.exit_code == 0, again.output
+    losses = {
+        name: [one["loss"] for one in read_jsonl(tmp_path / f"runs/{name}/metrics.jsonl") if one["kind"] == "train"]
+        for name in ("tiny", "small")
+    }
+    assert losses["tiny"] == pytest.approx(losses["small"], rel=1e-5)
+    assert len(losses["tiny"]) == 3
+
+
+@needs_cgroups
+def test_a_run_that_is_killed_before_training_began_says_so(tmp_path):
+    """The limit is below what the libraries take: there is nothing to give up."""
+    path = tiny.write_config(tmp_path)
+    command = [sys.executable, "-m", "burnish.launch.cli", "train", str(path)]
+    ended = cgroup.run_limited(command, limit_bytes=150 * MIB, timeout_s=200, cwd=tmp_path)
+    assert ended.exit_code == 3, ended.output
+    assert "killed the process for want of memory before training began" in ended.output
+    assert "Traceback" not in ended.output
