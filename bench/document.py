@@ -94,7 +94,8 @@ def section(results: Mapping[str, Result]) -> str:
     """One kind of machine: what it is, and the tables of each benchmark."""
     machine = next(iter(results.values()))
     parts = [f"## {machine_name(machine)}\n\n{machine_facts(machine)}\n"]
-    parts += [benchmark_part(suite.benchmark(name), results[name]) for name in suite.MODULES if name in results]
+    names = [name for name in suite.with_results(results) if name in results]
+    parts += [benchmark_part(suite.benchmark(name), results[name]) for name in names]
     return "\n".join(parts)
 
 
@@ -139,7 +140,7 @@ def gpu_section(results: Mapping[str, Result]) -> str:
     if results:
         parts.append(machine_facts(next(iter(results.values()))) + "\n")
     parts.append("### Targets\n\n" + as_markdown(targets_table(rows_by_key(results.get("kernels")))) + "\n")
-    for name in suite.MODULES:
+    for name in suite.with_results(results):
         benchmark = suite.benchmark(name)
         items = benchmark.items("cuda", Choice())
         if name in results:

@@ -9,8 +9,13 @@ from .benchmark import Benchmark
 
 MODULES = {"kernels": ".bench_kernels", "step": ".bench_step", "memory": ".bench_memory", "scale": ".bench_scale"}
 """Each has BENCHMARK = Benchmark(...)."""
-ON_REQUEST = {"limit": ".bench_limit"}
+ON_REQUEST = {"limit": ".bench_limit", "plan": ".bench_plan"}
 """Those that run only where they are named: they need a memory cgroup, or take very long."""
+
+
+def with_results(results: Iterable[str]) -> list[str]:
+    """All of the suite, and those on request that have results."""
+    return [*MODULES, *(name for name in ON_REQUEST if name in results)]
 
 
 def benchmark(name: str) -> Benchmark:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from .config import Quantization
-from .moments import DTYPE_BYTES, FP32_BYTES, moments_of_step
+from .moments import DTYPE_BYTES, FP32_BYTES, head_bytes, highest, moments_of_step, size_of
 from .plan import Plan
 from .profile_numbers import Counts, Profile
+from .zero_config import MIN_PARAMETER_BUFFERS, OPTIMIZER_BUFFERS, SUB_GROUP_ELEMENTS
 
 NF4_BLOCK = 64
 NF4_SCALE_BLOCK = 256
@@ -38,8 +39,9 @@ class Overhead:
     allocator_share: float
 
 
-OVERHEAD: dict[str, Overhead] = {"cpu": Overhead(0, 0.0), "cuda": Overhead(0, 0.0)}
-"""Device -> what holds where nothing was measured."""
+OVERHEAD: dict[str, Overhead] = {"cpu": Overhead(80 * 2**20, 0.27), "cuda": Overhead(0, 0.03)}
+"""Device -> what holds where nothing was measured. On a CPU the C library's heap keeps holes between blocks of many
+sizes: the numbers are of glibc, torch 2.13 and the configurations of the benchmark `plan`."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,104 @@ class Prediction:
 
 
 def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) -> Prediction:
-    """The peak of the rank that has most."""
+    """The peak of the rank that has most, in steps with full-length examples.
+
+    On a CPU freed memory stays with the process, so that no later phase has less than the step.
+    """
     overhead = calibration or OVERHEAD[plan.device]
-    lasting = state_bytes(plan, profile.counts)
-    del lasting["total"], lasting["gradients"]
+    lasting = lasting_bytes(plan, profile)
     moments = moments_of_step(plan, profile)
     fullest = max(moments.values(), key=lambda moment: sum(moment.values()))
-    come_and_go = sum(fullest.values())
-    fullest["allocator"] = overhead.process_bytes + round(overhead.allocator_share * come_and_go)
-    device = lasting | fullest
-    return Prediction(
-        device=device, host={}, nvme={}, phases={"load": lasting["weights"], "step": sum(device.values())}
+    fullest = fullest | {"allocator": round(overhead.allocator_share * sum(fullest.values()))}
+    device, host, nvme = placed(plan, profile, lasting | fullest)
+    device["process"] = overhead.process_bytes
+    step = sum(device.values())
+    kept = moments["optimizer"]["gradients"] if plan.zero_stage in (1, 3) else 0
+    at_rest = step - sum(placed(plan, profile, fullest)[0].values()) + kept
+    is_kept = plan.device == "cpu"
+    phases = {
+        "load": overhead.process_bytes + load_bytes(plan, profile, lasting, kept),
+        "step": step,
+        "evaluation": max(step if is_kept else 0, at_rest + evaluation_bytes(plan, profile)),
+        "save": max(step if is_kept else 0, at_rest + save_bytes(plan, profile)),
+    }
+    return Prediction(device={name: size for name, size in device.items() if size}, host=host, nvme=nvme, phases=phases)
+
+
+def lasting_bytes(plan: Plan, profile: Profile) -> dict[str, int]:
+    """What stays from step to step on one rank: weights, constants of quantisation, masters, optimizer state."""
+    parts = state_bytes(plan, profile.counts)
+    quantization, count = plan.config.quantization, profile.counts.quantized
+    packed = count if quantization.type == "int8" else -(-count // 2)
+    constants = quantized_bytes(quantization, count) - packed if count else 0
+    # Stage 3 partitions parameters; the constants are none, and every rank keeps all of them.
+    share = plan.world_size if plan.zero_stage == 3 else 1
+    weights = parts["weights"] - constants // share + profile.buffer_bytes
+    own = {name: parts[name] for name in ("master_weights", "optimizer_state")}
+    return {"weights": weights, "quantization_constants": constants} | own
+
+
+def placed(
+    plan: Plan, profile: Profile, parts: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """The parts on the device, in host memory and in files, with the buffers between them. On a CPU host is device."""
+    device, host, nvme = dict(parts), dict[str, int](), dict[str, int]()
+    below = {"cpu": device if plan.device == "cpu" else host, "nvme": nvme}
+    memory = below["cpu"]
+    if plan.offload_optimizer != "none":
+        for name in ("master_weights", "optimizer_state", "gradients"):
+            if name in device:
+                below[plan.offload_optimizer][name] = device.pop(name)
+    if plan.offload_optimizer == "nvme" and "master_weights" in parts:
+        piece = max(SUB_GROUP_ELEMENTS, -(-profile.largest_trained // plan.world_size))
+        memory["optimizer_buffers"] = OPTIMIZER_BUFFERS * FP32_BYTES * min(piece, profile.counts.trainable)
+    if plan.offload_param != "none" and "weights" in device:
+        dtype_bytes = DTYPE_BYTES[plan.config.model.dtype]
+        stays = "cpu" if profile.counts.quantized else plan.offload_param
+        below[stays]["weights"] = device.pop("weights")
+        device["gather_buffers"] = device.get("gather_buffers", 0)
+        if plan.offload_param == "nvme":
+            piece = -(-profile.largest_tensor // plan.world_size)
+            memory["parameter_buffers"] = MIN_PARAMETER_BUFFERS * dtype_bytes * piece
+    if plan.offload_activations and "activations" in device and plan.device == "cuda":
+        host["activations"] = device.pop("activations")
+    return device, host, nvme
+
+
+def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: int) -> int:
+    """While weights arrive, one tensor at a time beside what is there; then while the engine makes its copies.
+
+    A GGUF file is unpacked as a whole, in fp32. DeepSpeed copies trained weights into one tensor, and allocates a
+    share of the gradients once before it begins (stages 1 to 3).
+    """
+    dtype_bytes, counts = DTYPE_BYTES[plan.config.model.dtype], profile.counts
+    weights = counts.total - counts.quantized
+    arriving = weights * dtype_bytes + quantized_bytes(plan.config.quantization, counts.quantized)
+    is_gguf = (plan.config.model.path or "").endswith(".gguf")
+    spare = FP32_BYTES * profile.largest_tensor
+    arriving = max(arriving + spare, FP32_BYTES * counts.total + spare if is_gguf else 0)
+    made = sum(lasting.values()) - lasting["optimizer_state"] + kept
+    copies = dtype_bytes * counts.trainable if plan.zero_stage else 0
+    return max(arriving, made + copies)
+
+
+def evaluation_bytes(plan: Plan, profile: Profile) -> int:
+    """What one batch of the evaluation takes."""
+    num_examples = plan.config.eval.micro_batch_size or plan.micro_batch_size
+    tokens, length = size_of(plan, profile, num_examples=num_examples)
+    found = profile.evaluation
+    saved = found.layer_saved.at(tokens, length) + found.outside_saved.at(tokens, length)
+    return saved + max(highest(found.forward_working, tokens, length), head_bytes(plan, profile, found, tokens))
+
+
+def save_bytes(plan: Plan, profile: Profile) -> int:
+    """fp32 copies on rank 0 of what is trained and of the optimizer's whole state; on the host of a GPU."""
+    if plan.device == "cuda" or plan.offload_optimizer == "nvme":
+        return FP32_BYTES * profile.largest_trained
+    trained, optimizer = profile.counts.trainable, plan.config.optimizer
+    whole = 2 if plan.zero_stage else 0
+    return FP32_BYTES * (trained + whole * profile.largest_trained) + OPTIMIZER_BYTES[optimizer.name](
+        trained, optimizer
     )
 
 
