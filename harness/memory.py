@@ -39,7 +39,7 @@ class Overhead:
     allocator_share: float
 
 
-OVERHEAD: dict[str, Overhead] = {"cpu": Overhead(80 * 2**20, 0.27), "cuda": Overhead(0, 0.03)}
+OVERHEAD: dict[str, Overhead] = {"cpu": Overhead(80 * 2**20, 0.3), "cuda": Overhead(0, 0.03)}
 """Device -> what holds where nothing was measured. On a CPU the C library's heap keeps holes between blocks of many
 sizes: the numbers are of glibc, torch 2.13 and the configurations of the benchmark `plan`."""
 
@@ -129,7 +129,6 @@ def placed(
         dtype_bytes = DTYPE_BYTES[plan.config.model.dtype]
         stays = "cpu" if profile.counts.quantized else plan.offload_param
         below[stays]["weights"] = device.pop("weights")
-        device["gather_buffers"] = device.get("gather_buffers", 0)
         if plan.offload_param == "nvme":
             piece = -(-profile.largest_tensor // plan.world_size)
             memory["parameter_buffers"] = MIN_PARAMETER_BUFFERS * dtype_bytes * piece

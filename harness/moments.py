@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .plan import Plan
 from .profile_numbers import Activations, Profile
-from .zero_config import bucket_elements
+from .zero_config import BUCKET_ELEMENTS, LIVE_ELEMENTS, bucket_elements
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"fp32": FP32_BYTES, "bf16": 2}
@@ -16,6 +16,7 @@ ROUND_PACKED = 128
 """A packed row is filled up to a multiple of this."""
 FLATTENED_ELEMENTS = 500_000_000
 """Stage 0 and 1: gradients that DeepSpeed copies into one tensor to reduce them."""
+QUANTIZED_BYTES = {"nf4": 0.5, "int8": 1.0}
 OPTIMIZER_COPIES = {"adamw": 0, "adamw_8bit": 0, "sgd": 1, "rmsprop": 2, "adafactor": 3}
 """fp32 copies of the parameter that is updated at the time, which the optimizer makes on its way."""
 
@@ -63,32 +64,18 @@ def moments_of_step(plan: Plan, profile: Profile) -> dict[str, Moment]:
     all_made = kept + round(gradients.made * trained)
     forward = highest(policy.forward_working, tokens, length)
     backward = highest(policy.backward_working, tokens, length)
-    buckets = gradients.buckets
+    logits = head_bytes(plan, profile, policy, tokens)
+    embedding = highest(policy.embedding_working, tokens, length)
+    gathered = {"gather_buffers": gathered_bytes(plan, profile)}
+    moving = gathered | {"reduce_buckets": gradients.buckets}
+    ended = gradients.buckets + gradients.at_end
     return {
-        "forward": {"gradients": kept, "activations": saved, "working": forward},
-        "head": {
-            "gradients": after_head,
-            "activations": saved,
-            "logits_loss": head_bytes(plan, profile, policy, tokens),
-        },
-        "last layer": {
-            "gradients": after_head + in_layer,
-            "activations": saved,
-            "working": backward,
-            "reduce_buckets": buckets,
-        },
-        "first layer": {
-            "gradients": all_made,
-            "activations": outside + layer,
-            "working": backward,
-            "reduce_buckets": buckets,
-        },
-        "embedding": {
-            "gradients": all_made,
-            "working": highest(policy.embedding_working, tokens, length),
-            "reduce_buckets": buckets,
-        },
-        "reduction": {"gradients": all_made, "reduce_buckets": buckets + gradients.at_end},
+        "forward": {"gradients": kept, "activations": saved, "working": forward} | gathered,
+        "head": {"gradients": after_head, "activations": saved, "logits_loss": logits} | gathered,
+        "last layer": {"gradients": after_head + in_layer, "activations": saved, "working": backward} | moving,
+        "first layer": {"gradients": all_made, "activations": outside + layer, "working": backward} | moving,
+        "embedding": {"gradients": all_made, "working": embedding} | moving,
+        "reduction": {"gradients": all_made, "reduce_buckets": ended},
         "optimizer": {"gradients": all_made, "working": optimizer_working(plan, profile)},
     }
 
@@ -142,7 +129,8 @@ def _partitioned(plan: Plan, profile: Profile) -> Gradients:
     num_buckets = 2 if plan.device == "cuda" else 1
     is_filled_early = trained > bucket or plan.gradient_accumulation_steps > 1
     share = FP32_BYTES / plan.world_size
-    reduced = FP32_BYTES * bucket if plan.config.model.dtype != "fp32" else 0
+    # The pieces of one owner are joined, cast to fp32, and reduced in a buffer of gloo's own.
+    reduced = (dtype_bytes + FP32_BYTES + gloo_bytes(plan)) * bucket
     if is_filled_early:
         return Gradients(kept=share, made=0, buckets=num_buckets * dtype_bytes * bucket + reduced, at_end=0)
     return Gradients(kept=0, made=dtype_bytes, buckets=0, at_end=reduced + round(share * trained))
@@ -150,9 +138,26 @@ def _partitioned(plan: Plan, profile: Profile) -> Gradients:
 
 def _all_partitioned(plan: Plan, profile: Profile) -> Gradients:
     """Stage 3: the same, with an fp32 bucket and an fp32 part of the sum that are never freed."""
-    trained = profile.counts.trainable
-    bucket = bucket_elements(plan, trained)
-    return Gradients(kept=FP32_BYTES / plan.world_size, made=0, buckets=2 * FP32_BYTES * bucket, at_end=0)
+    bucket = bucket_elements(plan, profile.counts.trainable)
+    in_flight = (2 * FP32_BYTES + gloo_bytes(plan)) * bucket
+    return Gradients(kept=FP32_BYTES / plan.world_size, made=0, buckets=in_flight, at_end=0)
+
+
+def gloo_bytes(plan: Plan) -> int:
+    """Of each fp32 number that ranks on CPUs reduce, in a buffer that gloo allocates."""
+    return FP32_BYTES if plan.device == "cpu" and plan.world_size > 1 else 0
+
+
+def gathered_bytes(plan: Plan, profile: Profile) -> int:
+    """Stage 3: the layer at work, what is kept for its next use, and what is gathered ahead and then copied out."""
+    if plan.zero_stage != 3:
+        return 0
+    counts = profile.counts
+    quantized = QUANTIZED_BYTES.get(plan.config.quantization.type, 0.0) * counts.quantized
+    whole = DTYPE_BYTES[plan.config.model.dtype] * (counts.total - counts.quantized) + quantized
+    ahead = 0 if plan.offload_param == "nvme" else LIVE_ELEMENTS + BUCKET_ELEMENTS
+    num_gathered = max(profile.layer.total, profile.embedding.total) + ahead
+    return round(whole * min(1.0, num_gathered / counts.total))
 
 
 GRADIENTS = {0: _accumulated_by_torch, 1: _in_whole_on_every_rank, 2: _partitioned, 3: _all_partitioned}

@@ -172,6 +172,28 @@ def small_plan(*, length: int = 8, micro: int = 2, micro_batches: int = 1, **cha
     return make_plan_for(world_size=1, train=train, data=data, launch={"type": "inline"}, **changes)
 
 
+def test_stage_2_reduces_a_bucket_at_a_time() -> None:
+    """4000 bytes of fp32 gradients halved; a bucket of all 1000 in bf16, joined, in fp32 and in gloo's buffer."""
+    plan = make_plan_for(world_size=2, zero_stage=2, train={"max_steps": 3, "global_batch_size": 8})
+    accumulating = replace(plan, gradient_accumulation_steps=2)
+    moments = moments_of_step(accumulating, PROFILE)
+    assert moments["last layer"]["gradients"] == 2000
+    assert moments["last layer"]["reduce_buckets"] == 1000 * (2 + 2 + 4 + 4)
+
+
+def test_stage_1_keeps_two_gradients_and_copies_one() -> None:
+    moments = moments_of_step(make_plan_for(world_size=2, zero_stage=1), PROFILE)
+    assert moments["forward"]["gradients"] == 1000 * (4 + 2)
+    assert moments["reduction"]["reduce_buckets"] == 4000
+
+
+def test_stage_3_gathers_what_it_may_keep() -> None:
+    large = replace(PROFILE, counts=Counts(10**9, 1000), layer=Counts(10**7, 200))
+    plan = make_plan_for(world_size=2, zero_stage=3)
+    assert moments_of_step(plan, large)["forward"]["gather_buffers"] == 2 * (10**7 + 150_000_000)
+    assert moments_of_step(plan, PROFILE)["forward"]["gather_buffers"] == 2000
+
+
 def test_a_profile_survives_json() -> None:
     assert Profile.from_dict(json.loads(json.dumps(PROFILE.to_dict()))) == PROFILE
 
@@ -191,13 +213,12 @@ def test_the_moments_of_a_step_by_hand() -> None:
     """Two sequences of 8 tokens are 16 tokens; gradients of 4 bytes a weight appear while backward goes down."""
     moments = moments_of_step(small_plan(), PROFILE)
     saved = 50 + 16 * 10 + 4 * 16 * 100
-    assert moments["forward"] == {"gradients": 0, "activations": saved, "working": 640}
+    moments = {name: {part: size for part, size in found.items() if size} for name, found in moments.items()}
+    assert moments["forward"] == {"activations": saved, "working": 640}
     assert moments["head"] == {"gradients": 400, "activations": saved, "logits_loss": 16 * 38}
-    last = {"gradients": 400 + 800, "activations": saved, "working": 960, "reduce_buckets": 0}
-    assert moments["last layer"] == last
-    first = {"gradients": 4000, "activations": 50 + 160 + 1600, "working": 960, "reduce_buckets": 0}
-    assert moments["first layer"] == first
-    assert moments["embedding"] == {"gradients": 4000, "working": 70, "reduce_buckets": 0}
+    assert moments["last layer"] == {"gradients": 400 + 800, "activations": saved, "working": 960}
+    assert moments["first layer"] == {"gradients": 4000, "activations": 50 + 160 + 1600, "working": 960}
+    assert moments["embedding"] == {"gradients": 4000, "working": 70}
 
 
 def test_later_micro_batches_meet_all_gradients_from_the_start() -> None:
