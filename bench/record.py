@@ -116,15 +116,27 @@ def load(path: str | Path) -> Result:
 
 
 def load_all(path: str | Path) -> list[Result]:
-    """The result file, or every result in the folder, by benchmark. Raises ConfigError if there is none."""
+    """The result file, or every result in the folder, by benchmark. Raises ConfigError if there is none.
+
+    JSON in the folder that does not say `format`, as a summary beside the results, is none of ours.
+    """
     path = Path(path)
     if not path.is_dir():
         return [load(path)]
-    found = [load(file) for file in sorted(path.glob("*.json"))]
+    found = [load(file) for file in sorted(path.glob("*.json")) if not is_foreign(file)]
     if not found:
         inside = sorted({str(file.parent) for file in path.glob("*/*.json")})
         raise ConfigError(f"{path}: no result (*.json) in this folder" + (f"; give {inside[0]}" if inside else ""))
     return found
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether the file is whole JSON of something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return not isinstance(found, dict) or "format" not in found
 
 
 def save(path: str | Path, result: Result) -> None:

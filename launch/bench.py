@@ -126,6 +126,9 @@ def folder_for(options: argparse.Namespace) -> Path:
             pass
     except OSError as error:
         raise ConfigError(f"--out {folder}: {error.strerror}") from None
+    for file in folder.glob("*.json"):  # what cannot go into the page afterwards
+        if not record.is_foreign(file):
+            record.load(file)
     return folder
 
 

@@ -166,7 +166,7 @@ def test_a_result_that_lacks_something_is_named(tmp_path):
 
 def test_a_folder_of_folders_of_results_says_which_to_give(tmp_path):
     (tmp_path / "cpu-2").mkdir()
-    record.save(tmp_path / "cpu-2" / "fake.json", {})
+    record.save(tmp_path / "cpu-2" / "fake.json", {"format": 1})
     with pytest.raises(ConfigError, match=r"give .*cpu-2"):
         record.load_all(tmp_path)
 
@@ -214,6 +214,15 @@ def test_a_run_prints_the_table_and_writes_json_and_page(verb, tmp_path):
     assert "a note" in out
     assert record.load(tmp_path / "here" / "fake.json")["is_interrupted"] is False
     assert (tmp_path / "here" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_other_json_in_the_folder_is_left_alone_and_a_damaged_result_said_before_anything_runs(verb, tmp_path):
+    (tmp_path / "summary.json").write_text('[{"name": "tests", "state": "ok"}]')
+    assert verb("run", "--out", ".")[0] == 0
+    (tmp_path / "old.json").write_text('{"format": 1, "rows"')
+    code, out, err = verb("run", "--out", ".")
+    assert (code, out) == (2, "")
+    assert "old.json: no JSON" in err
 
 
 def test_a_result_of_burnish_that_is_wrong_is_exit_6_and_named(verb):
