@@ -70,12 +70,10 @@ def refusal(
     profile_of: ProfileOf = None,
 ) -> InfeasibleError:
     """The error of a run that does not fit: what it needs by part, what there is, and the cheapest change."""
-    best = found.best
-    place = next(iter(best.over))
-    parts = {"device": best.prediction.device, "host": best.prediction.host, "nvme": best.prediction.nvme}[place]
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:MAX_NAMED_PARTS]
-    named = ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in largest if value)
-    sentence = f"{config.name} does not fit: it needs {excess(best, found)} ({named}; limit: {found.limits.why})"
+    sentence = (
+        f"{config.name} does not fit: it needs {excess(found.best, found)} ({_parts(found.best)}; limit: "
+        f"{found.limits.why})"
+    )
     remedy = cheapest(config, resources, profile, calibration=calibration, profile_of=profile_of)
     if remedy is None:
         return InfeasibleError(f"{sentence}; no change that burnish knows makes it fit, use a smaller model")
@@ -83,6 +81,17 @@ def refusal(
     return InfeasibleError(
         f"{sentence}. The cheapest change that fits: {told} ({size(remedy.best.prediction.peak_bytes)})"
     )
+
+
+def _parts(best: Candidate) -> str:
+    """The largest parts of what is too large; the phase where that is not the step."""
+    prediction, place = best.prediction, next(iter(best.over))
+    phase = max(prediction.phases, key=lambda name: prediction.phases[name], default="step")
+    if place == "device" and prediction.phases.get(phase, 0) > prediction.phases.get("step", 0):
+        return f"in the phase {phase}; a step needs {size(prediction.phases['step'])}"
+    parts = {"device": prediction.device, "host": prediction.host, "nvme": prediction.nvme}[place]
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:MAX_NAMED_PARTS]
+    return ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in largest if value)
 
 
 def cheapest(
@@ -93,7 +102,10 @@ def cheapest(
     calibration: Calibration | None = None,
     profile_of: ProfileOf = None,
 ) -> Remedy | None:
-    """The first change alone that fits; where none does, the first that does together with all before it."""
+    """The first change alone that fits; where none does, the first that does together with all before it.
+
+    Then shorter examples, and last other hardware, or what the hardware has where memory.budget allows less.
+    """
     known = _Known(config, profile, calibration, profile_of)
     changes = list(_changes(config, resources))
     for change in changes:
@@ -105,6 +117,8 @@ def cheapest(
             together = together | change
             if len(together.values) > len(change.values) and (remedy := known.tried(together)) is not None:
                 return remedy
+    if config.memory.budget != "auto":
+        return known.shorter(together) or known.tried(Change({"memory.budget": "auto"}, resources))
     return known.shorter(together) or known.more_devices(together) or known.larger_device(together)
 
 
@@ -185,7 +199,8 @@ class _Known:
 def _remedy(change: Change, best: Candidate) -> Remedy:
     """The change with every `auto` in it as it was decided; what stays as the config has it is left out."""
     keys = {key: name for name, key in SETTINGS.items()}
-    values = {key: best.settings[keys[key]] if value == "auto" else value for key, value in change.values.items()}
+    decided = {key: best.settings[keys[key]] for key, value in change.values.items() if value == "auto" and key in keys}
+    values = dict(change.values) | decided
     return Remedy(values, change.note, best)
 
 

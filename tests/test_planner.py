@@ -315,6 +315,22 @@ def test_what_nothing_on_this_machine_cures_is_told_in_bytes_of_a_larger_one():
     assert len(str(raised.value)) < 500
 
 
+def test_a_budget_that_is_too_small_is_given_up_last():
+    memory = {"budget": 2**20}
+    with pytest.raises(InfeasibleError, match=r"The cheapest change that fits: memory\.budget=auto \("):
+        chosen(gpus(1, 80), memory=memory)
+
+
+def test_a_peak_of_another_phase_is_called_by_its_name(monkeypatch):
+    def loads_twice(plan, profile, calibration=None):
+        found = made_up_memory.predict(plan, profile, calibration)
+        return replace(found, phases=found.phases | {"load": 2 * found.peak_bytes})
+
+    monkeypatch.setattr(candidates, "predict", loads_twice)
+    with pytest.raises(InfeasibleError, match=r"\(in the phase load; a step needs "):
+        chosen(cpu(3))
+
+
 def test_an_error_says_what_is_needed_by_part():
     with pytest.raises(InfeasibleError) as raised:
         chosen(gpus(1, 1.0, host_gib=1))
