@@ -65,7 +65,7 @@ def measured(plan: Plan, rank: int, folder: Path, *, num_steps: int, labels: lis
 
     reset_peak(device)
     model = models.build(plan, labels)
-    if plan.device == "cpu" and plan.zero_stage < 3:
+    if plan.device == "cpu":
         keep_freed_memory()  # as a worker does
     engine = _Counting(make_engine(plan, model, world))
     end_phase("load")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from .config import Quantization
-from .moments import DTYPE_BYTES, FP32_BYTES, head_bytes, highest, moments_of_step, size_of
+from .moments import DTYPE_BYTES, FP32_BYTES, gathered_bytes, head_bytes, highest, moments_of_step, size_of
 from .plan import Plan
 from .profile_numbers import Counts, Profile
 from .zero_config import MIN_PARAMETER_BUFFERS, OPTIMIZER_BUFFERS, SUB_GROUP_ELEMENTS
@@ -87,10 +87,11 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
     device["process"] = overhead.process_bytes
     step = sum(device.values())
     kept = moments["optimizer"]["gradients"] if plan.zero_stage in (1, 3) else 0
-    at_rest = step - sum(placed(plan, profile, fullest)[0].values()) + kept
+    at_rest = step - sum(placed(plan, profile, fullest)[0].values()) + kept + gathered_bytes(plan, profile)
     is_kept = plan.device == "cpu"
     phases = {
-        "load": overhead.process_bytes + load_bytes(plan, profile, lasting, kept),
+        # Half of what a process adds comes with its first step: kernels are prepared then.
+        "load": overhead.process_bytes // 2 + load_bytes(plan, profile, lasting, kept),
         "step": step,
         "evaluation": max(step if is_kept else 0, at_rest + evaluation_bytes(plan, profile)),
         "save": max(step if is_kept else 0, at_rest + save_bytes(plan, profile)),
@@ -140,18 +141,22 @@ def placed(
 def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: int) -> int:
     """While weights arrive, one tensor at a time beside what is there; then while the engine makes its copies.
 
-    A GGUF file is unpacked as a whole, in fp32. DeepSpeed copies trained weights into one tensor, and allocates a
-    share of the gradients once before it begins (stages 1 to 3).
+    A GGUF file is unpacked as a whole, in fp32. DeepSpeed copies trained weights into one tensor and, in stages 2 and
+    3, allocates this rank's share of the gradients once before it begins.
     """
     dtype_bytes, counts = DTYPE_BYTES[plan.config.model.dtype], profile.counts
-    weights = counts.total - counts.quantized
-    arriving = weights * dtype_bytes + quantized_bytes(plan.config.quantization, counts.quantized)
-    is_gguf = (plan.config.model.path or "").endswith(".gguf")
-    spare = FP32_BYTES * profile.largest_tensor
-    arriving = max(arriving + spare, FP32_BYTES * counts.total + spare if is_gguf else 0)
+    if (plan.config.model.path or "").endswith(".gguf"):
+        arriving = FP32_BYTES * counts.total
+    else:
+        weights = (counts.total - counts.quantized) * dtype_bytes
+        arriving = weights + quantized_bytes(plan.config.quantization, counts.quantized)
+        arriving += FP32_BYTES * profile.largest_tensor
     made = sum(lasting.values()) - lasting["optimizer_state"] + kept
-    copies = dtype_bytes * counts.trainable if plan.zero_stage else 0
-    return max(arriving, made + copies)
+    if plan.zero_stage:
+        made += dtype_bytes * counts.trainable
+    if plan.zero_stage > 1:
+        made += FP32_BYTES * counts.trainable // plan.world_size
+    return max(arriving, made)
 
 
 def evaluation_bytes(plan: Plan, profile: Profile) -> int:
