@@ -23,7 +23,7 @@ from .benchmark import Choice, Result, Row, Setting, Table
 from .compare import TOLERANCES, Change, Comparison, cells, compared
 from .stats import paired_ratios, quantiles
 
-DRIFT: Mapping[str, float] = TOLERANCES | {"ratio": 0.25, "time": 1.0, "largest": 0.25}
+DRIFT: Mapping[str, float] = {**TOLERANCES, "ratio": 0.25, "time": 1.0, "largest": 0.25}
 """How far a figure measured again may lie from the documented one, by kind.
 
 Ratios are of the same round, but a virtual machine's memory and caches change with its neighbours, and with them what a
