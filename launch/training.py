@@ -14,6 +14,7 @@ from ..harness.config import Config
 from ..harness.config_io import config_to_yaml, load_config
 from ..harness.errors import BurnishError, ConfigError, DataError, InfeasibleError, Interrupted, OutOfMemory
 from ..harness.plan import Plan, Resources
+from ..harness.reasons import written
 from ..harness.report import write_report
 from ..harness.run_dir import RunDir, run_path, write_bytes
 from .attempts import Attempts, given_up, killed, tried
@@ -112,7 +113,8 @@ def plan_before(run: RunDir) -> Plan | None:
 
 def smaller_run(plan: Plan, resources: Resources) -> str:
     """The cheapest change of a run that takes clearly less memory than the plan, if the planner finds one."""
-    config = with_values(plan.config, backoff.decided(plan))
+    settings = backoff.decided(plan)
+    config = with_values(plan.config, settings)
     choice = planned(config, resources).choice
     if choice is None:
         return ""
@@ -120,7 +122,9 @@ def smaller_run(plan: Plan, resources: Resources) -> str:
     try:
         planned(with_values(config, {"memory.budget": budget}), resources)
     except InfeasibleError as error:
-        return str(error).partition(CHEAPEST)[2]
+        as_they_are = {f"{key}={written(value)}" for key, value in settings.items()}
+        words = [word for word in str(error).partition(CHEAPEST)[2].split() if word not in as_they_are]
+        return f"the cheapest change that needs less is {' '.join(words)}" if words else ""
     return ""
 
 

@@ -247,8 +247,18 @@ def test_with_nothing_left_the_error_says_what_was_tried_and_what_needs_less(tmp
     told = str(raised.value)
     assert "out of memory in step 1 with micro-batch 1, activation checkpointing full" in told
     assert "tried before: train.micro_batch_size 4 → 2; train.micro_batch_size 2 → 1; memory.activation" in told
-    assert "quantise the weights" in told
+    assert "Nothing is left to give up: " in told
     assert json.loads(run.summary_json.read_text())["status"] == "failed"
+
+
+def test_what_the_planner_knows_to_need_less_comes_before_general_advice(config_of, tmp_path):
+    config = config_of("train.micro_batch_size=1", "memory.activation_checkpointing=full")
+    plan = make_plan(config, CPU, run_dir=str(tmp_path), cwd="")
+    failure = backoff.out_of_memory("no room", phase="step", step=0)
+    for known, told in {"train fewer": "train fewer", "": "quantise the weights .* lower data.max_length"}.items():
+        never = attempts.Attempts(RunDir(tmp_path), config, replan=None, advice=lambda _, k=known: k, report=print)
+        with pytest.raises(OutOfMemory, match=told):
+            never.after(plan, failure)
 
 
 def test_a_user_who_interrupts_is_not_taken_for_a_lack_of_memory(tmp_path, config_of):
