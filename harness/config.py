@@ -170,7 +170,7 @@ class Data(Section):
     max_row_bytes: Bytes = 1_000_000
     """A larger row counts as malformed."""
     cache_dir: Line | None = None
-    """Where tokenised data is kept; runs/.cache beside the run directory if left out."""
+    """Where tokenised data and prepared weights are kept; runs/.cache beside the run directory if left out."""
 
 
 class LoraOptions(Section):

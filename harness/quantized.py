@@ -25,9 +25,12 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..kernels.nf4_dequant import Nf4Weight, nf4_dequant
 from ..kernels.nf4_quantize import BLOCKSIZE2, dynamic_map, nf4_quantize
+from .allocator import trim_heap
 from .loading import Keep, Parts, Shapes, in_memory
 
 BLOCKSIZE = 64
+TRIM_BYTES = 128 << 20
+"""Buffers of many sizes leave holes in the heap: a quarter of a gigabyte for 1.5 billion weights, if they stay."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,13 @@ class Quantizing:
         `dense` gives the values behind a weight, in the model's dtype. On a CPU `keep` may put parts away and give
         others with the same content. Other parameters and buffers stay where they are.
         """
+        untrimmed = 0
         for name, module in self.modules.items():
             old = self.model.get_submodule(name)
+            untrimmed += old.weight.nbytes
+            if untrimmed > TRIM_BYTES:
+                trim_heap()
+                untrimmed = 0
             if torch.device(device).type == "cpu":
                 parts = keep(name, functools.partial(_quantized_parts, module, old, dense))
                 module.weight = assembled(module, parts, dtype=old.weight.dtype)

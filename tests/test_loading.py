@@ -107,6 +107,25 @@ def test_a_classifier_has_the_weights_and_the_new_head_that_transformers_gives_i
         assert_same(ours(task, folders[kind], dtype, quantization), expected)
 
 
+@pytest.mark.parametrize("quantization", [None, QUANTIZATIONS[0]])
+def test_adapters_learn_on_it_what_they_learn_on_the_model_of_transformers(folders, kept, quantization):
+    changes = {"model__dtype": "bf16", "kernels__enabled": False} | quantization_section(quantization)
+    config = make_config("llama", folders["llama"], **changes)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "loss_mask": IDS > 8}
+    losses = []
+    for model in (models.load_model(config), theirs("llama", folders["llama"], "bf16", quantization)):
+        adapters.keep_nf4_layout(model)
+        adapted = adapters.adapt(model, config).train()
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(4):
+            losses.append(get_task("causal_lm").loss(adapted, batch, config))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[:4] == losses[4:]
+    assert losses[3] < losses[0]
+
+
 def test_shards_are_one_checkpoint(folders, kept, tmp_path):
     whole = ours("llama", folders["llama"], "bf16", QUANTIZATIONS[0])
     LlamaForCausalLM.from_pretrained(folders["llama"]).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
