@@ -141,8 +141,8 @@ def test_figures_are_the_common_peaks_once_and_what_is_no_bound(monkeypatch):
     result = measured(monkeypatch, Machine(SHAPES["linear"]), item_of("burnish", GIB, 2 * GIB))
     found = [figure for row in result["rows"] for figure in BENCHMARK.figures(row)]
     assert [(figure.key.rpartition(" · ")[2], figure.kind, figure.better) for figure in found] == [
-        ("peak at 256 tokens", "bytes", "lower"),
-        ("peak at 1024 tokens", "bytes", "lower"),
+        ("peak at 256 tokens", "peak", "lower"),
+        ("peak at 1024 tokens", "peak", "lower"),
         ("max_tokens", "count", "higher"),
         ("max_tokens", "count", "higher"),
     ]
