@@ -8,7 +8,11 @@ from .config import Adamw8bit
 
 
 def adamw_8bit(groups: list[dict[str, Any]], options: Adamw8bit) -> torch.optim.Optimizer:
-    """AdamW with 8-bit state, on CPU and CUDA. Parameters under 4096 elements keep fp32 moments."""
-    from bitsandbytes.optim import AdamW8bit
+    """AdamW with 8-bit state, on CPU and CUDA. Parameters under 4096 elements keep fp32 moments.
 
-    return AdamW8bit(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)
+    With `paged` the driver moves the moments of tensors of 100 000 elements and more between GPU and host memory.
+    """
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    kind = PagedAdamW8bit if options.paged else AdamW8bit
+    return kind(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps)

@@ -1,7 +1,8 @@
-"""The DeepSpeed engine: Plan -> DeepSpeed configuration and engine, ZeRO stages 0 to 3. The only importer of deepspeed.
+"""The DeepSpeed engine, ZeRO stages 0 to 3, with and without offload. The only importer of deepspeed.
 
 Stage 0 takes forward, backward and gradient reduction from DeepSpeed and the update from `engine.Masters`: DeepSpeed's
-own update would accumulate bf16 gradients in bf16. From stage 1 on DeepSpeed updates its partitions, in fp32.
+own update would accumulate bf16 gradients in bf16. From stage 1 on DeepSpeed updates its partitions, in fp32; beside a
+GPU, offloaded ones with its AdamW for CPUs, which it builds on first use.
 Environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and, on a CPU, DS_ACCELERATOR=cpu are set by the
 caller before this module is imported.
 """
@@ -11,6 +12,7 @@ import io
 import logging
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -18,7 +20,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.ops import op_builder
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch.utils import cpp_extension
 
+from .config import Config
 from .engine import (
     DTYPES,
     Masters,
@@ -32,11 +38,18 @@ from .engine import (
     persistent_buffers,
     to_cpu,
 )
-from .optimizers import make_optimizer
+from .errors import ConfigError, TrainingError
+from .offload import one_builder_at_a_time, private_folder, reserve_file
+from .optimizers import make_optimizer, parameter_groups
 from .plan import Plan
-from .zero_state import gather_state, scatter_state
+from .zero_config import PERSISTENT_ELEMENTS, Extent, deepspeed_config, offload_config
+from .zero_gradients import clear_after_step, gradient_pieces, settle_unused
+from .zero_state import flat_masters, gather_state, is_stage_3, scatter_state
 
-BUCKET_ELEMENTS = 50_000_000
+NAMES = {"AsyncIOBuilder": "async_io", "CPUAdamBuilder": "cpu_adam"}
+"""DeepSpeed's builders and what they build."""
+MIN_FILE_BYTES = 2**20
+"""Smaller tensors are not worth a file."""
 
 
 class CpuAccelerator(CPU_Accelerator):
@@ -44,6 +57,25 @@ class CpuAccelerator(CPU_Accelerator):
 
     def create_op_builder(self, op_name: str) -> Any:
         return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+
+class Partitioned(deepspeed.zero.Init):
+    """Partitions a model for stage 3, one parameter after the other, without what its frozen weights do not need.
+
+    All ranks have read the same frozen weights, so only trained ones are broadcast. Quantised weights (of another dtype
+    than the buffers for files) stay in host memory where the others go to files.
+    """
+
+    def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        if param.requires_grad:
+            param.data = param.data.contiguous()
+            dist.broadcast(param.data, 0)
+        place = self.remote_device
+        if place == "nvme" and param.dtype != self.dtype:
+            self.remote_device = "cpu"
+        param.partition()  # type: ignore[attr-defined]
+        self.remote_device = place
 
 
 class ZeroEngine:
@@ -57,22 +89,50 @@ class ZeroEngine:
         self.owns_group = _join(world)
         if torch.device(world.device).type == "cpu":
             set_accelerator(CpuAccelerator())
+        self.resources = contextlib.ExitStack()
+        uses_files = "nvme" in (plan.offload_optimizer, plan.offload_param)
+        self.folder = self.resources.enter_context(private_folder(plan, rank=world.rank)) if uses_files else None
+        self.is_offloaded = plan.offload_optimizer != "none"
         cast_parameters(model, DTYPES[plan.config.model.dtype])
-        model.to(world.device)
-        if self.stage == 3:
-            _share_parameters(model)
         self.trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        if self.stage < 3:
+            model.to(world.device)
         self.masters = Masters(plan.config, model) if self.stage == 0 else None
-        optimizer = self.masters.optimizer if self.masters else make_optimizer(plan.config, self.trained.items())
-        num_trained = sum(param.numel() for param in self.trained.values())
-        # The bf16 stage 1 prints memory figures whatever the log level.
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepspeed_config(plan, num_trained)
-            )
+        self.deepspeed = self._initialize(plan, model)
         self.module: torch.nn.Module = self.deepspeed
+        if self.folder is not None and plan.offload_optimizer == "nvme":
+            _keep_gradients_in(self.folder, self.deepspeed.optimizer)
+        self.is_first_backward = True
         self.has_buffers = bool(live_buffers(model))
         self.broadcast_buffers()
+
+    def _initialize(self, plan: Plan, model: torch.nn.Module) -> Any:
+        settings = deepspeed_config(plan, sum(param.numel() for param in self.trained.values()))
+        extent = _extent(model, self.world.size)
+        folder = None if self.folder is None else str(self.folder)
+        for section, values in offload_config(plan, folder=folder, extent=extent).items():
+            settings[section] = settings.get(section, {}) | values
+        if self.folder is not None:
+            _build("AsyncIOBuilder")
+        if self.masters:
+            optimizer = self.masters.optimizer
+        elif self.is_offloaded and plan.device == "cuda":
+            optimizer = adamw_on_host(plan.config, self.trained)
+        else:
+            optimizer = make_optimizer(plan.config, self.trained.items())
+        # The bf16 stage 1 prints memory figures whatever the log level.
+        with contextlib.redirect_stdout(io.StringIO()):
+            if self.stage == 3:
+                _partition(model, plan, settings, self.world)
+            else:
+                for param in model.parameters():
+                    if not param.requires_grad:
+                        # DeepSpeed's mark for what it need not broadcast: every rank has read the same frozen weights.
+                        param.ds_optim_param = True  # type: ignore[attr-defined]
+            if plan.offload_param == "nvme":
+                model.register_forward_pre_hook(lambda *_: _forget_order(engine.optimizer))
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        return engine
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         if is_last and self.masters:
@@ -80,6 +140,15 @@ class ZeroEngine:
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed averages over ranks; the caller wants the sum.
         self.deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not self.masters:
+            settle_unused(
+                self.deepspeed.optimizer,
+                self.trained,
+                is_first=self.is_first_backward,
+                is_last=is_last,
+                is_offloaded=self.is_offloaded,
+            )
+        self.is_first_backward = is_last
 
     def step(self, lr: float) -> StepResult:
         result = self.masters.step(lr) if self.masters else self._partitioned_step(lr)
@@ -87,12 +156,15 @@ class ZeroEngine:
         return result
 
     def _partitioned_step(self, lr: float) -> StepResult:
-        for group in self.deepspeed.optimizer.param_groups:
+        optimizer = self.deepspeed.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
         grad_norm = float(self.deepspeed.get_global_grad_norm())
         skipped = not self.deepspeed.was_step_applied()
         assert skipped or math.isfinite(grad_norm), grad_norm
+        if self.is_offloaded and not is_stage_3(optimizer):
+            clear_after_step(optimizer, flat_masters(optimizer))
         return StepResult(grad_norm=grad_norm, skipped=skipped)
 
     def broadcast_buffers(self) -> None:
@@ -106,22 +178,33 @@ class ZeroEngine:
         for name, param in self.trained.items():
             with deepspeed.zero.GatheredParameters([param], enabled=self.stage == 3):
                 if self.world.rank == 0:
-                    state[name] = to_cpu(param)
+                    state[name] = self._keep(param)
         return state | persistent_buffers(self.model) if self.world.rank == 0 else None
 
     def state(self) -> State | None:
-        state = self.masters.state() if self.masters else gather_state(self.deepspeed.optimizer, self.trained)
+        if self.masters:
+            state: State | None = self.masters.state()
+        else:
+            state = gather_state(self.deepspeed.optimizer, self.trained, keep=self._keep)
         if self.world.rank != 0:
             return None
         assert state is not None
         return state | {f"buffer/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the CPU; in a file where memory is so short that the optimizer's state is in files."""
+        if self.folder is None or tensor.nbytes < MIN_FILE_BYTES:
+            return to_cpu(tensor)
+        return in_file(self.folder, tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
     def load_state(self, state: State) -> None:
         check_names(state, self.model)
         if self.masters:
             self.masters.load_state(state)
         else:
-            scatter_state(self.deepspeed.optimizer, self.trained, state)
+            optimizer = self.deepspeed.optimizer
+            has_integer_steps = isinstance(optimizer.optimizer, DeepSpeedCPUAdam)
+            scatter_state(optimizer, self.trained, state, has_integer_steps=has_integer_steps)
         load_buffers(self.model, state)
 
     def barrier(self) -> None:
@@ -134,16 +217,10 @@ class ZeroEngine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
+        self.resources.close()
         if self.owns_group:
             # DeepSpeed's own function: it also forgets the groups that it made from this one.
             deepspeed.comm.destroy_process_group()
-
-
-def _share_parameters(model: torch.nn.Module) -> None:
-    """Lets stage 3 gather, around a fused module, the parameters of others that it computes with."""
-    for module in model.modules():
-        for parameter in getattr(module, "external_parameters", tuple)():
-            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _join(world: World) -> bool:
@@ -158,26 +235,84 @@ def _join(world: World) -> bool:
     return True
 
 
-def deepspeed_config(plan: Plan, num_trained: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a plan, every value explicit. `num_trained` elements bound the reduction buckets."""
-    bucket = min(BUCKET_ELEMENTS, num_trained + num_trained % 2)
-    is_partitioned = plan.zero_stage > 0
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "communication_data_type": "fp32",
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": plan.zero_stage},
-    }
-    if is_partitioned:
-        config["gradient_clipping"] = plan.config.train.max_grad_norm
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["bf16"] = {"enabled": plan.config.model.dtype == "bf16", "check_grad_overflow": True}
-        config["zero_optimization"] |= {
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "overlap_comm": plan.device == "cuda",
-            "contiguous_gradients": True,
-        }
-    return config
+def _partition(model: torch.nn.Module, plan: Plan, settings: dict[str, Any], world: World) -> None:
+    """Stage 3: leaves each rank its piece of every parameter, where the plan wants it; buffers go to the device."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(world.device)
+        # A fused module computes with parameters of others: they are gathered around it as well.
+        for parameter in getattr(module, "external_parameters", tuple)():
+            deepspeed.zero.register_external_parameter(module, parameter)
+    Partitioned(
+        module=model,
+        config_dict_or_path=settings,
+        remote_device=None if plan.offload_param == "none" else plan.offload_param,
+        pin_memory=plan.device == "cuda",
+        dtype=DTYPES[plan.config.model.dtype],
+    )
+
+
+def _forget_order(optimizer: Any) -> None:
+    """Stage 3: lets DeepSpeed watch each forward pass anew, where it reads nothing ahead.
+
+    It notes the order of modules to read ahead; without that, it takes a module that computes with parameters of others
+    for one out of order once there have been evaluations.
+    """
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def _extent(model: torch.nn.Module, world_size: int) -> Extent:
+    """Sizes of the model's parameters; the modules of one that computes with others' weights count as one."""
+    pieces_at_once = 1
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *getattr(module, "external_parameters", tuple)()]
+        pieces_at_once = max(pieces_at_once, sum(param.numel() > PERSISTENT_ELEMENTS for param in own))
+    largest = max(param.numel() for param in model.parameters())
+    return Extent(largest_piece=-(-largest // world_size), pieces_at_once=pieces_at_once)
+
+
+def adamw_on_host(config: Config, trained: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW for partitions in host memory, with the groups and numbers of `make_optimizer`."""
+    _build("CPUAdamBuilder")
+    options = config.optimizer
+    assert options.name == "adamw", options
+    groups = parameter_groups(trained.items(), options.weight_decay)
+    return DeepSpeedCPUAdam(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, adamw_mode=True)
+
+
+def _build(builder: str) -> None:
+    """Loads an operator of DeepSpeed, built with the host's compiler the first time (a minute). Raises ConfigError."""
+    try:
+        with one_builder_at_a_time(Path(cpp_extension._get_build_directory(NAMES[builder], verbose=False))):
+            getattr(op_builder, builder)().load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"memory.offload_optimizer: DeepSpeed's {NAMES[builder]} could not be built here ({reason}); "
+            "`burnish doctor` says what is missing, or switch the offload off"
+        ) from error
+
+
+def in_file(folder: Path, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor of zeros in a file without a name: the kernel may write it out instead of keeping it in memory.
+
+    Raises TrainingError where the disk is full.
+    """
+    try:
+        path = reserve_file(folder, num_elements * dtype.itemsize)
+    except OSError as error:
+        raise TrainingError(f"memory.nvme_path: cannot write in {folder.parent}: {error.strerror}") from error
+    tensor = torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype)
+    path.unlink()
+    return tensor
+
+
+def _keep_gradients_in(folder: Path, optimizer: Any) -> None:
+    """Moves the fp32 sums of gradients into a file: they are as large as the master weights that lie in files."""
+    pieces = gradient_pieces(optimizer)
+    flat = optimizer.grad_partitions_flat_buffer
+    optimizer.grad_partitions_flat_buffer = moved = in_file(folder, flat.numel(), flat.dtype)
+    for number, piece in pieces.items():
+        pieces[number] = moved.narrow(0, piece.storage_offset(), piece.numel())

@@ -4,6 +4,8 @@ DeepSpeed keeps, per parameter group, one flat fp32 tensor with this rank's part
 hangs on it in the same layout. A Fragment says which elements of a parameter lie where in it.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,10 @@ class Fragment:
     offset: int
     start: int
     length: int
+
+
+def is_stage_3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
 def flat_masters(optimizer: Any) -> list[torch.Tensor]:
@@ -45,31 +51,46 @@ def find_fragment(optimizer: Any, param: torch.nn.Parameter) -> Fragment | None:
     return Fragment(mapping.param_group_index, hp.start, lp.start, hp.numel)
 
 
-def gather_state(optimizer: Any, trained: dict[str, torch.nn.Parameter]) -> State | None:
+def gather_state(
+    optimizer: Any, trained: dict[str, torch.nn.Parameter], *, keep: Callable[[torch.Tensor], torch.Tensor] = to_cpu
+) -> State | None:
     """Masters and optimizer state of every trained parameter in its own shape, on the CPU of rank 0; else None.
 
-    One parameter at a time, so no rank holds more than one whole parameter beside rank 0's result. Collective.
+    One parameter at a time, so no rank holds more than one whole parameter beside rank 0's result, which `keep` copies
+    there. What lies in files is read piece by piece. Collective.
     """
-    masters, base = flat_masters(optimizer), optimizer.optimizer.state
-    states: list[dict[str, torch.Tensor]] = [dict(base[flat]) if flat in base else {} for flat in masters]
-    groups = _groups(optimizer, trained)
+    base, groups = optimizer.optimizer.state, _groups(optimizer, trained)
     result: State = {}
-    for name, param in trained.items():
-        fragment, group = find_fragment(optimizer, param), groups[name]
-        _collect(result, f"param/{name}", masters[group], param, fragment)
-        for key, value in sorted(states[group].items()):
-            if value is None:
-                continue
-            if value.shape == masters[group].shape:
-                _collect(result, f"optim/{key}/{name}", value, param, fragment)
-            else:
-                result[f"optim/{key}/{name}"] = to_cpu(value)
+    for group, flat in enumerate(flat_masters(optimizer)):
+        with _in_memory(optimizer, group, is_changed=False):
+            state = dict(base[flat]) if flat in base else {}
+            for name in (name for name in trained if groups[name] == group):
+                param = trained[name]
+                fragment = find_fragment(optimizer, param)
+                _collect(result, f"param/{name}", flat, param, fragment, keep)
+                for key, value in sorted(state.items()):
+                    if isinstance(value, torch.Tensor) and value.shape == flat.shape:
+                        _collect(result, f"optim/{key}/{name}", value, param, fragment, keep)
+                    elif value is not None:
+                        # DeepSpeed's AdamW counts steps in a Python integer, torch in a float tensor.
+                        result[f"optim/{key}/{name}"] = to_cpu(torch.as_tensor(value, dtype=torch.float32))
     return result if dist.get_rank() == 0 else None
+
+
+@contextmanager
+def _in_memory(optimizer: Any, group: int, *, is_changed: bool) -> Iterator[None]:
+    """Inside, the masters and the optimizer state of a group are in memory, also where they lie in files."""
+    if not getattr(optimizer, "swap_optimizer", False) or not optimizer._swappable_optimizer_subgroup(group):
+        yield
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(group)
+    yield
+    optimizer._writeback_swap_state(group, is_changed, False)
 
 
 def _groups(optimizer: Any, trained: dict[str, torch.nn.Parameter]) -> dict[str, int]:
     """Flat tensor of every parameter: on this rank's own fragments or not."""
-    if hasattr(optimizer, "grad_position"):
+    if is_stage_3(optimizer):
         return {name: optimizer.grad_position[optimizer.get_param_id(param)][0] for name, param in trained.items()}
     groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
     by_id = {id(param): i for i, group in enumerate(groups) for param in group}
@@ -77,36 +98,49 @@ def _groups(optimizer: Any, trained: dict[str, torch.nn.Parameter]) -> dict[str,
 
 
 def _collect(
-    result: State, name: str, flat: torch.Tensor, param: torch.nn.Parameter, fragment: Fragment | None
+    result: State,
+    name: str,
+    flat: torch.Tensor,
+    param: torch.nn.Parameter,
+    fragment: Fragment | None,
+    keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Puts the whole tensor into `result` on rank 0. Sums bit patterns: a sum of floats would lose the sign of -0."""
     shape = getattr(param, "ds_shape", param.shape)
-    whole = torch.zeros(shape.numel(), dtype=torch.int32, device=flat.device)
+    # Offloaded partitions are in host memory; ranks beside GPUs talk through those.
+    whole = torch.zeros(shape.numel(), dtype=torch.int32, device=param.device)
     if fragment is not None:
         piece = flat.detach().narrow(0, fragment.offset, fragment.length)
         whole.narrow(0, fragment.start, fragment.length).copy_(piece.view(torch.int32))
     dist.reduce(whole, dst=0)
     if dist.get_rank() == 0:
-        result[name] = to_cpu(whole.view(torch.float32).view(shape))
+        result[name] = keep(whole.view(torch.float32).view(shape))
 
 
-def scatter_state(optimizer: Any, trained: dict[str, torch.nn.Parameter], state: State) -> None:
+def scatter_state(
+    optimizer: Any, trained: dict[str, torch.nn.Parameter], state: State, *, has_integer_steps: bool = False
+) -> None:
     """The reverse of `gather_state`: every rank takes its fragments, then the live weights follow. Collective."""
-    masters, base, groups = flat_masters(optimizer), optimizer.optimizer.state, _groups(optimizer, trained)
-    for flat in masters:
-        base.pop(flat, None)
-    with torch.no_grad():
-        for name, param in trained.items():
-            flat, fragment = masters[groups[name]], find_fragment(optimizer, param)
-            _place(flat, state[f"param/{name}"], fragment)
-            for key in _keys_of(state, name):
-                value = state[f"optim/{key}/{name}"]
-                if value.ndim == 0:
-                    base[flat][key] = value.to(flat.device, copy=True)
-                    continue
-                if key not in base[flat]:
-                    base[flat][key] = torch.zeros_like(flat)
-                _place(base[flat][key], value, fragment)
+    groups = _groups(optimizer, trained)
+    for group, flat in enumerate(flat_masters(optimizer)):
+        names = [name for name in trained if groups[name] == group]
+        with torch.no_grad(), _in_memory(optimizer, group, is_changed=True):
+            moments = optimizer.optimizer.state[flat]
+            for key in set(moments) - {key for name in names for key in _keys_of(state, name)}:
+                del moments[key]
+            for name in names:
+                fragment = find_fragment(optimizer, trained[name])
+                _place(flat, state[f"param/{name}"], fragment)
+                for key in _keys_of(state, name):
+                    value = state[f"optim/{key}/{name}"]
+                    if value.ndim == 0:
+                        moments[key] = int(value) if has_integer_steps else value.to(flat.device, copy=True)
+                        continue
+                    if key not in moments:
+                        moments[key] = torch.zeros_like(flat, requires_grad=False)
+                    _place(moments[key], value, fragment)
+            if is_stage_3(optimizer):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
     _refresh(optimizer)
 
 
@@ -121,11 +155,8 @@ def _place(flat: torch.Tensor, value: torch.Tensor, fragment: Fragment | None) -
 
 
 def _refresh(optimizer: Any) -> None:
-    """Copies the masters into the live weights and gathers what every rank holds whole."""
-    if not hasattr(optimizer, "grad_position"):
+    """Copies the masters into the live weights (stage 3 has done so) and gathers what every rank holds whole."""
+    if not is_stage_3(optimizer):
         optimizer.update_lp_params()
-        return
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    if optimizer.persistent_parameters:
+    elif optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

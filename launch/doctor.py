@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..harness.markup import size
+from ..harness.offload import INSTALL, find_tool, missing_tools
 from .resources import detect
 
 State = Literal["ok", "missing", "broken"]
@@ -137,18 +138,25 @@ def _triton() -> Check:
 def _compiler() -> list[Check]:
     """What our CPU kernels and DeepSpeed's operators are built with on first use."""
     off = {
-        "g++": "the C++ half of the fused operations on a CPU (they run in plain torch), DeepSpeed's operators",
-        "ninja": "DeepSpeed's operators, built on first use",
+        "g++": "the C++ half of the fused operations on a CPU (they run in plain torch), memory.offload_optimizer",
+        "ninja": "memory.offload_optimizer, and nvme for either offload: DeepSpeed builds their operators",
         "nvcc": "DeepSpeed's CUDA operators, built on first use",
     }
-    places = (None, str(Path(sys.executable).parent))
     checks = []
     for tool, consequence in off.items():
-        found = next((path for place in places if (path := shutil.which(tool, path=place))), None)
+        found = find_tool(tool)
         checks.append(Check(tool, "ok", found) if found else Check(tool, "missing", "not on PATH", consequence))
-    aio = ctypes.util.find_library("aio")
-    missing = Check("libaio", "missing", "library not found", "DeepSpeed's offload to NVMe")
-    return [*checks, Check("libaio", "ok", aio) if aio else missing]
+    return [*checks, _libaio()]
+
+
+def _libaio() -> Check:
+    """Whether programs can be built with it: the library alone is not enough."""
+    library, is_known = ctypes.util.find_library("aio"), find_tool("g++") is not None
+    if is_known and "libaio" not in missing_tools(with_files=True):
+        return Check("libaio", "ok", library or "builds")
+    found = "library not found" if library is None else "its header is missing" if is_known else "not tried without g++"
+    off = f"memory.offload_optimizer and memory.offload_param nvme: install {INSTALL['libaio']}"
+    return Check("libaio", "missing", found, off)
 
 
 def _bitsandbytes() -> Check:

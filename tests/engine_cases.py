@@ -32,6 +32,7 @@ def make_config(**changes: Any) -> Config:
 
 
 def make_plan(config: Config, *, stage: int = 0, world: int = 1, engine: str = "torch") -> Plan:
+    memory = config.memory
     return Plan(
         config=config,
         run_dir="",
@@ -42,8 +43,8 @@ def make_plan(config: Config, *, stage: int = 0, world: int = 1, engine: str = "
         gradient_accumulation_steps=GLOBAL_MICRO_BATCHES // world,
         engine=engine,
         zero_stage=stage,
-        offload_optimizer="none",
-        offload_param="none",
+        offload_optimizer=memory.offload_optimizer if memory.offload_optimizer != "auto" else "none",
+        offload_param=memory.offload_param if memory.offload_param != "auto" else "none",
         activation_checkpointing="none",
         offload_activations=False,
         num_threads=1,
@@ -52,14 +53,16 @@ def make_plan(config: Config, *, stage: int = 0, world: int = 1, engine: str = "
 
 
 def make_model(kind: str) -> torch.nn.Module:
-    """`full`, `lora` (with dropout 0.1), or `buffers` (a small network with BatchNorm)."""
+    """`full`, `lora` (with dropout 0.1), `buffers` (a small network with BatchNorm), `experts`, or `wide`."""
     torch.manual_seed(0)
     if kind == "buffers":
         return BatchNormToy()
+    if kind == "experts":
+        return ExpertsToy()
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=32 if kind != "wide" else 256,
+        intermediate_size=48 if kind != "wide" else 2048,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -83,6 +86,26 @@ class BatchNormToy(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> Any:
         hidden = self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
         return {"logits": self.head(hidden)}
+
+
+class ExpertsToy(torch.nn.Module):
+    """Token embedding -> one of three experts -> logits [B, T, V]. Each step uses two, one after the other.
+
+    `step` is set from outside. All ranks use the same expert at the same time, as ZeRO needs it.
+    """
+
+    step = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(VOCAB, 16)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(3))
+        self.head = torch.nn.Linear(16, VOCAB)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        cell = (input_ids.shape[1] - 6) // 2  # of `micro_batch`
+        expert = self.experts[(self.step + cell // 2) % 3]
+        return {"logits": self.head(torch.tanh(expert(self.embed(input_ids))))}
 
 
 def micro_batch(step: int, cell: int) -> torch.Tensor:

@@ -60,3 +60,29 @@ def test_storage_that_cannot_be_written_is_named():
 
 def test_the_file_system_of_a_folder_is_that_of_the_nearest_mount():
     assert doctor._file_system(Path("/proc/self")) == "proc"
+
+
+@pytest.mark.parametrize(
+    ("gxx", "library", "missing", "state", "detail"),
+    [
+        ("/usr/bin/g++", "libaio.so.1", [], "ok", "libaio.so.1"),
+        ("/usr/bin/g++", "libaio.so.1", ["libaio"], "missing", "its header is missing"),
+        ("/usr/bin/g++", None, ["libaio"], "missing", "library not found"),
+        (None, "libaio.so.1", ["g++"], "missing", "not tried without g++"),
+    ],
+)
+def test_libaio_is_here_when_a_program_can_be_built_with_it(monkeypatch, gxx, library, missing, state, detail):
+    monkeypatch.setattr(doctor, "find_tool", lambda name: gxx)
+    monkeypatch.setattr(doctor, "missing_tools", lambda *, with_files: missing)
+    monkeypatch.setattr(doctor.ctypes.util, "find_library", lambda name: library)
+    check = doctor._libaio()
+    assert (check.state, check.detail) == (state, detail)
+    assert check.state == "ok" or "libaio-dev" in check.switches_off
+
+
+def test_a_missing_compiler_says_that_offload_is_off(monkeypatch):
+    monkeypatch.setattr(doctor, "find_tool", lambda name: None)
+    by_name = {check.name: check for check in doctor._compiler()}
+    assert "memory.offload_optimizer" in by_name["g++"].switches_off
+    assert "memory.offload_optimizer" in by_name["ninja"].switches_off
+    assert "nvme" in by_name["libaio"].switches_off
