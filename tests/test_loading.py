@@ -11,10 +11,12 @@ from functools import partial
 from importlib.util import find_spec
 
 import pytest
+import sharing_cases
 import torch
 from backbones import LABELS, make_config, plan_of, save_backbone
 from burnish.harness import adapters, loading, mapping, models, quantized
 from burnish.harness.tasks import get_task
+from distributed import on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -150,8 +152,10 @@ def test_a_gguf_file_is_quantised_as_its_dense_weights_are():
 def test_weights_in_the_dtype_of_the_file_are_the_file(folders):
     model = ours("llama", folders["llama"], "fp32")
     assert all(mapping.is_mapped(parameter) for parameter in model.parameters())
+    before = sharing_cases.written_bytes()
     with torch.no_grad():
         model.model.norm.weight.fill_(7)
+    assert sharing_cases.written_bytes() > before
     saved = load_file(folders["llama"] / "model.safetensors")["model.norm.weight"]
     assert not (saved == 7).any()
 
@@ -337,3 +341,23 @@ def test_two_processes_hold_little_more_than_one(tmp_path, quantization):
     together(1)  # the file is made
     one, two = together(1), together(2)
     assert two < 1.3 * one, (one, two)
+
+
+@pytest.mark.nightly
+def test_ranks_write_to_no_weight_that_they_share_and_learn_the_same_on_every_stage(folders, tmp_path):
+    cases = [(quantization, stage) for quantization in (None, QUANTIZATIONS[0]) for stage in (0, 1, 2, 3)]
+    configs = [
+        make_config(
+            "llama", folders["llama"], launch={"type": "ray", "num_workers": 2}, memory__zero_stage=stage,
+            model__dtype="bf16", train__global_batch_size=2, **quantization_section(quantization),
+        ).model_dump_json()
+        for quantization, stage in cases
+    ]  # fmt: skip
+    first, second = on_ranks(2, tmp_path, sharing_cases.train, str(tmp_path), configs)
+    for (quantization, stage), one, other in zip(cases, first, second, strict=True):
+        assert one["losses"] == other["losses"]
+        assert one["losses"][2] < one["losses"][0]
+        assert one["losses"] == pytest.approx(first[0 if quantization is None else 4]["losses"], rel=2e-2)
+        for rank in (one, other):
+            assert rank["written_bytes"] == 0, (quantization, stage)
+            assert rank["is_mapped"] == (stage < 3), (quantization, stage)
