@@ -66,6 +66,8 @@ class Partitioned(deepspeed.zero.Init):
     than the buffers for files) stay in host memory where the others go to files.
     """
 
+    remote_device: Any
+
     def _zero_init_param(self, param: torch.nn.Parameter) -> None:
         self._convert_to_deepspeed_param(param)
         if param.requires_grad:
@@ -130,7 +132,7 @@ class ZeroEngine:
                         # DeepSpeed's mark for what it need not broadcast: every rank has read the same frozen weights.
                         param.ds_optim_param = True  # type: ignore[attr-defined]
             if plan.offload_param == "nvme":
-                model.register_forward_pre_hook(lambda *_: _forget_order(engine.optimizer))
+                model.register_forward_pre_hook(lambda *_: _forget_order(self.deepspeed.optimizer))
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         return engine
 
