@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,12 @@ def profile_of(config: Config, labels: list[str] | None = None, *, folder: Path 
 def identity(config: Config, labels: list[str] | None) -> str:
     """A hash of all that a profile depends on: the model's shape, how it is trained, our code and the libraries'."""
     sections = ("quantization", "task", "adapter", "kernels")
-    fields = {name: getattr(config, name).model_dump(mode="json") for name in sections}
-    fields |= {"dtype": config.model.dtype, "attention": config.model.attn_implementation}
-    fields |= {"packing": config.data.packing, "labels": labels, "model": load_config_of_model(config).to_dict()}
-    fields |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
-    fields |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    facts = {name: getattr(config, name).model_dump(mode="json") for name in sections}
+    facts |= {"dtype": config.model.dtype, "attention": config.model.attn_implementation}
+    facts |= {"packing": config.data.packing, "labels": labels, "model": load_config_of_model(config).to_dict()}
+    facts |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
+    facts |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     package = Path(__file__).parents[1]
     for path in sorted([*package.glob("harness/**/*.py"), *package.glob("kernels/**/*.[pc]*")]):
         if path.is_file() and path.suffix in (".py", ".cpp"):
@@ -116,8 +116,10 @@ def make_profile(config: Config, labels: list[str] | None = None) -> Profile:
     fit = partial(fitted, sizes=sizes, shapes=shapes, packing=config.data.packing)
     found = {name: fit(pieces, grown=grown.get("training")) for name, pieces in policies.items()}
     found |= {name: found["none"] for name in ("selective", "full") if name not in found}
+    if is_whole(model):
+        shapes = replace(shapes, num_layers=1, layer=shapes.counts)
     return Profile(
-        **{name: getattr(shapes, name) for name in asdict(shapes) if name != "is_fused_head"},
+        **{field.name: getattr(shapes, field.name) for field in fields(shapes)},
         chunk_tokens=chunk_tokens(base, shapes, config),
         policies=found,
         evaluation=fit(evaluated, grown=grown.get("evaluation")),
@@ -149,7 +151,13 @@ def pieces_of(model: nn.Module, config: Config, size: tuple[int, int], vocab_siz
         line = live_bytes(partial(evaluate_twice, model, lambda: task.evaluate(model, batch, config)))
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
-    return cut_pieces(line, gradients, has_layers=layers_of(unwrap(model)) is not None, is_training=is_training)
+    return cut_pieces(line, gradients, is_whole=is_whole(model), is_training=is_training)
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether the model could not be cut to one layer: its layers are not in one list, or of several sizes."""
+    layers = layers_of(unwrap(model))
+    return layers is None or len(layers) != 1
 
 
 def evaluate_twice(model: nn.Module, evaluate: Any, mark: Any) -> None:
@@ -162,10 +170,10 @@ def evaluate_twice(model: nn.Module, evaluate: Any, mark: Any) -> None:
         mark("end")
 
 
-def cut_pieces(line: Timeline, gradients: int, *, has_layers: bool, is_training: bool) -> Pieces:
+def cut_pieces(line: Timeline, gradients: int, *, is_whole: bool, is_training: bool) -> Pieces:
     """The parts of the second pass. A model without layers is one layer, head and loss included."""
     start, end = line.at("forward"), line.at("end")
-    if not has_layers or not any(name == "head" for name, _ in line.marks):
+    if is_whole or not any(name == "head" for name, _ in line.marks):
         return whole_pieces(line, gradients, is_training=is_training)
     layer, layer_end, head = (line.at(name, after=start) for name in ("layer", "layer end", "head"))
     head_end = line.at("head end", after=head) if is_training else end

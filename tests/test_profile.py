@@ -165,3 +165,18 @@ def test_selective_equals_none_where_all_is_fused(monkeypatch: pytest.MonkeyPatc
     model = small_model(config_of(), None, vocab_size=2048)
     apply_activation_policy(model, "selective")
     assert profile.policies["selective"] == profile.policies["none"]
+
+
+def test_a_model_without_a_list_of_equal_layers_is_traced_whole() -> None:
+    fields = {"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
+    config = config_of(
+        model={"init": fields | {"layer_type": "basic"}, "dtype": "fp32"},
+        task={"type": "image_classification", "labels": ["a", "b"], "image_size": 32},
+        adapter={"method": "full"},
+    )
+    profile = make_profile(config, ["a", "b"])
+    assert (profile.num_layers, profile.layer) == (1, profile.counts)
+    assert profile.is_per_example
+    one, two = (profile.policies["none"].layer_saved.at(count, 1) for count in (10, 20))
+    assert one > 10 * 3 * 32 * 32 * 4  # at least the pixels
+    assert two == pytest.approx(2 * one, rel=0.05)
