@@ -63,9 +63,10 @@ def deepspeed_config(plan: Plan, num_trained: int) -> dict[str, Any]:
             "allgather_bucket_size": bucket,
             "overlap_comm": plan.device == "cuda",
             "contiguous_gradients": True,
-            # Each gradient goes to the rank that owns it; together in one all-reduce they would go to all.
             "reduce_scatter": True,
-            "use_multi_rank_bucket_allreduce": False,
+            # Each gradient goes to the rank that owns it; in one all-reduce they would go to all. On 4 ranks joined by
+            # gloo that saves a quarter of a step's bytes; its reduce between 2 ranks sends as much as its all-reduce.
+            "use_multi_rank_bucket_allreduce": plan.device == "cpu" and plan.world_size <= 2,
         }
     if plan.zero_stage == 3:
         config["zero_optimization"] |= _gathering(plan)

@@ -313,3 +313,9 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path):
 def test_what_cannot_be_offloaded_is_refused_by_its_key(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_config(**changes)
+
+
+@pytest.mark.parametrize(("world", "goes_to_all"), [(1, True), (2, True), (4, False)])
+def test_gradients_go_to_their_owner_alone_where_that_saves_bytes(world, goes_to_all):
+    settings = deepspeed_config(make_plan(make_config(), stage=2, world=world, engine="deepspeed"), 1000)
+    assert settings["zero_optimization"]["use_multi_rank_bucket_allreduce"] is goes_to_all
