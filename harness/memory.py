@@ -150,7 +150,7 @@ def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: i
     else:
         weights = (counts.total - counts.quantized) * dtype_bytes
         arriving = weights + quantized_bytes(plan.config.quantization, counts.quantized)
-        arriving += FP32_BYTES * profile.largest_tensor
+        arriving += dtype_bytes * profile.largest_tensor
     made = sum(lasting.values()) - lasting["optimizer_state"] + kept
     if plan.zero_stage:
         made += dtype_bytes * counts.trainable
