@@ -33,8 +33,8 @@ PLACES = ("none", "cpu", "nvme")
 UNDIVIDED_OPTIMIZERS = ("adafactor", "adamw_8bit")
 MAX_MICRO_BATCH = 64
 """Larger micro-batches gain nothing: the device is busy, and short examples are padded to the longest."""
-TIE = 0.05
-"""Estimates of time that are so near to each other say nothing."""
+TIE, TIE_S = 0.05, 0.01
+"""Estimates of a step's time that are so near to each other, by share or in seconds, say nothing."""
 MARGIN = {"cpu": 0.10, "cuda": 0.05}
 """Share of the memory that is kept free: as far as a prediction may be from what is measured."""
 BASELINE_BYTES = {"cpu": 550 * 2**20, "cuda": 1536 * 2**20}
@@ -232,6 +232,7 @@ def _pick(candidates: list[Candidate], default: Plan) -> Candidate:
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return min(candidates, key=lambda candidate: (sum(candidate.over.values()), candidate.step_s))
-    limit_s = (1 + TIE) * min(candidate.step_s for candidate in fitting)
+    fastest_s = min(candidate.step_s for candidate in fitting)
+    limit_s = max((1 + TIE) * fastest_s, fastest_s + TIE_S)
     tied = [candidate for candidate in fitting if candidate.step_s <= limit_s]
     return min(tied, key=lambda candidate: (_differences(candidate, default), candidate.step_s))

@@ -67,6 +67,17 @@ def test_where_the_usual_settings_fit_the_plan_is_make_plans_own():
         assert plan == make_plan(config, resources, run_dir="runs/small", cwd=".")
 
 
+def test_milliseconds_decide_nothing():
+    """A tiny model on two CPU workers: the latency of more collectives is more than 5 % of what it computes."""
+    found = profile(hidden=32, layers=2, vocab=320)
+    train = {"global_batch_size": 32, "micro_batch_size": 4}
+    choice = chosen(cpu(64), found, launch=ray(2), data={"max_length": 64}, train=train)
+    plain = [one for one in choice.candidates if one.plan.activation_checkpointing == "none"]
+    steps = {one.plan.zero_stage: one.step_s for one in plain}
+    assert steps[2] > 1.05 * steps[1]
+    assert choice.plan.zero_stage == 2
+
+
 def test_state_that_does_not_fit_one_gpu_is_kept_on_the_host_and_the_plan_says_why():
     choice = chosen(gpus(1, 2.5))
     assert choice.plan.offload_optimizer == "cpu"
@@ -222,7 +233,7 @@ def test_what_is_said_to_fit_never_needs_more_than_there_is(monkeypatch, model):
             if name != "micro_batch_size"
         )
         fastest = min(candidate.step_s for candidate in choice.candidates if candidate.fits)
-        assert choice.chosen.step_s <= 1.05 * fastest
+        assert choice.chosen.step_s <= max(1.05 * fastest, fastest + 0.01)
     assert fitted > 20
     assert refused > 10
 
@@ -342,6 +353,6 @@ def test_an_error_says_what_is_needed_by_part():
 def test_a_candidate_more_never_makes_the_plan_slower():
     fixed = chosen(gpus(2, 4), launch=ray(2), memory={"zero_stage": 3})
     free = chosen(gpus(2, 4), launch=ray(2))
-    assert free.chosen.step_s <= 1.05 * fixed.chosen.step_s
+    assert free.chosen.step_s <= max(1.05 * fixed.chosen.step_s, fixed.chosen.step_s + 0.01)
     more = replace(gpus(2, 4), device_memory_bytes=80 * GIB)
-    assert chosen(more, launch=ray(2)).chosen.step_s <= 1.05 * free.chosen.step_s
+    assert chosen(more, launch=ray(2)).chosen.step_s <= max(1.05 * free.chosen.step_s, free.chosen.step_s + 0.01)
