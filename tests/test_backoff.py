@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from burnish.harness.config_io import load_config
 from burnish.harness.errors import ConfigError, Interrupted, OutOfMemory
 from burnish.harness.plan import Resources, make_plan
 from burnish.harness.run_dir import RunDir
-from burnish.launch import attempts, processes, training
+from burnish.launch import attempts, interrupt, processes, training
 from burnish.launch.progress import Progress
 from burnish.launch.ray_train import died_for_memory
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -365,6 +366,18 @@ def test_a_killed_process_was_where_its_files_say(tmp_path):
     assert (attempts.killed(run).phase, attempts.killed(run).step) == ("load", 0)
     with pytest.raises(OutOfMemory, match="before training began"):
         attempts.killed(run, since=time.time() + 1)
+
+
+def test_a_signal_that_reaches_a_run_itself_and_through_its_parent_counts_once(tmp_path, monkeypatch):
+    notices = []
+    with interrupt.Interrupts(notices.append) as interrupts:
+        interrupts.arm(tmp_path / "stop")
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(interrupt.PASSED_ON)
+        assert len(notices) == 1
+        monkeypatch.setattr(interrupt, "TWIN_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(interrupt.PASSED_ON)
 
 
 def test_a_worker_that_is_gone_counts_only_with_a_sign_of_memory():
