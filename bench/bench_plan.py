@@ -23,7 +23,8 @@ def measure(item: Item, setting: Setting) -> Iterator[Row]:
     from ..harness.memory import predict
     from ..harness.profile import profile_of
 
-    case = Case(**{name: tuple(v) if isinstance(v, list) else v for name, v in item.what.items()})
+    what: dict[str, Any] = dict(item.what)
+    case = Case(**what | {"batch": tuple(what["batch"])})
     row: Row = {"key": item.key, "state": "ok", "reason": None} | dict(item.what)
     config = case.config(max(1, setting.num_threads // case.num_ranks))
     try:

@@ -7,11 +7,12 @@ What C++ libraries keep behind torch's back (packed weights of a product, for on
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from threading import Thread
+from typing import Any
 
 import numpy as np
 from torch.autograd import DeviceType
@@ -94,15 +95,15 @@ def _silent() -> Iterator[None]:
         os.close(kept)
 
 
-def _timeline(events: list[object]) -> Timeline:
+def _timeline(events: Sequence[Any]) -> Timeline:
     """From the profiler's events: changes of memory are named [memory], marks are user annotations."""
     changes, marks = [], []
     for event in events:
-        name = event.name()  # type: ignore[attr-defined]
-        if name == "[memory]" and event.device_type() == DeviceType.CPU:  # type: ignore[attr-defined]
-            changes.append((event.start_ns(), event.nbytes()))  # type: ignore[attr-defined]
+        name = event.name()
+        if name == "[memory]" and event.device_type() == DeviceType.CPU:
+            changes.append((event.start_ns(), event.nbytes()))
         elif name.startswith(MARK):
-            marks.append((event.start_ns(), name.removeprefix(MARK)))  # type: ignore[attr-defined]
+            marks.append((event.start_ns(), name.removeprefix(MARK)))
     changes.sort(key=lambda change: change[0])
     times = np.array([time for time, _ in changes], dtype=np.int64)
     places = np.searchsorted(times, [time for time, _ in sorted(marks)])

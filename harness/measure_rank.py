@@ -72,11 +72,13 @@ def measured(plan: Plan, rank: int, folder: Path, *, num_steps: int, labels: lis
     config, task = plan.config, get_task(plan.config.task.type)
     num_micro = min(MAX_MICRO_BATCHES, plan.gradient_accumulation_steps)
     batch = _step_batch(plan, model, rank * num_micro, num_micro)
-    losses, step_s = [], 0.0
+    losses: list[float] = []
+    step_s = 0.0
     for step in range(num_steps):
         start = time.perf_counter()
         report = train_step(engine, task, config, batch=batch, step=step, lr=1e-6, is_stopping=False)
-        step_s, losses = time.perf_counter() - start, [*losses, report.loss]
+        step_s = time.perf_counter() - start
+        losses.append(report.loss)
     end_phase("step")
     parts = parts_of(engine.engine, plan) | {"gradients": engine.gradient_bytes}
     micro = config.eval.micro_batch_size or plan.micro_batch_size

@@ -65,10 +65,18 @@ class Activations:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Activations":
-        saved = {name: Line(**fields[name]) for name in ("layer_saved", "outside_saved")}
-        working = ("forward_working", "backward_working", "embedding_working")
-        lines = {name: tuple(Line(**line) for line in fields[name]) for name in working}
-        return cls(**saved, **lines, head=tuple(HeadLine(**line) for line in fields["head"]))
+
+        def lines(name: str) -> tuple[Line, ...]:
+            return tuple(Line(**line) for line in fields[name])
+
+        return cls(
+            layer_saved=Line(**fields["layer_saved"]),
+            outside_saved=Line(**fields["outside_saved"]),
+            forward_working=lines("forward_working"),
+            backward_working=lines("backward_working"),
+            head=tuple(HeadLine(**line) for line in fields["head"]),
+            embedding_working=lines("embedding_working"),
+        )
 
 
 @dataclass(frozen=True)
