@@ -49,6 +49,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.drawings: dict[int, Drawing] = {}
+        self.scratch = torch.empty(0, dtype=torch.uint8)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,6 +75,14 @@ class _Recorder(TorchDispatchMode):
         self.drawings[tensor.untyped_storage()._cdata] = Drawing(tensor)
         return tensor
 
+    def _scratch_like(self, tensor: Tensor) -> Tensor:
+        """Memory laid out like the tensor: always the same, or the heap would be full of holes."""
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if extent * tensor.itemsize > self.scratch.numel():
+            self.scratch = torch.empty(extent * tensor.itemsize, dtype=torch.uint8)
+        flat = self.scratch[: extent * tensor.itemsize].view(tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride())
+
     def _note(self, func: Any, target: Tensor, args: Any, kwargs: Any) -> None:
         """Notes an operation in place; views pass. Raises ValuesNeededError for what would read the values."""
         name = func._schema.name.rpartition("::")[2]
@@ -87,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         draws = torch.Tag.nondeterministic_seeded in func.tags
         state = torch.get_rng_state() if draws else None
         if draws:  # into memory that is dropped, so that what comes next draws the numbers it would
-            func(torch.empty_strided(target.shape, target.stride(), dtype=target.dtype), *args[1:], **kwargs)
+            func(self._scratch_like(target), *args[1:], **kwargs)
         drawing = self.drawing_of(target)
         assert drawing is not None
         if name in OVERWRITING and target.shape == drawing.tensor.shape and target.is_contiguous():

@@ -29,7 +29,7 @@ from .allocator import trim_heap
 from .loading import Keep, Parts, Shapes, in_memory
 
 BLOCKSIZE = 64
-TRIM_BYTES = 128 << 20
+TRIM_BYTES = 32 << 20
 """Buffers of many sizes leave holes in the heap: a quarter of a gigabyte for 1.5 billion weights, if they stay."""
 
 
