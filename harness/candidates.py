@@ -35,7 +35,7 @@ MAX_MICRO_BATCH = 64
 """Larger micro-batches gain nothing: the device is busy, and short examples are padded to the longest."""
 TIE, TIE_S = 0.05, 0.01
 """Estimates of a step's time that are so near to each other, by share or in seconds, say nothing."""
-MARGIN = {"cpu": 0.10, "cuda": 0.05}
+MARGIN = {"cpu": 0.15, "cuda": 0.05}
 """Share of the memory that is kept free: as far as a prediction may be from what is measured."""
 BASELINE_BYTES = {"cpu": 550 * 2**20, "cuda": 1536 * 2**20}
 """Host memory of a process that has imported everything and holds no weights: 523 MiB measured, with CUDA assumed."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from burnish.harness import calibration
 from burnish.harness.calibration import MAX_SAMPLES, Sample, add, combine, path_of, read, sample_of
-from burnish.harness.candidates import limits_of, survey
+from burnish.harness.candidates import MARGIN, limits_of, survey
 from burnish.harness.errors import ConfigError
 from burnish.harness.plan import make_plan
 from made_up_memory import GIB, NO_OVERHEAD, cpu, gpus, make_config, predict, profile
@@ -118,7 +118,7 @@ def test_the_next_plan_uses_it(tmp_path, monkeypatch):
     assert calibrated.best.prediction.peak_bytes == plain.best.prediction.peak_bytes + GIB // 2
     assert calibrated.speeds.flops_per_s == 8 * 2e9
     plan = make_plan(make_config(), cpu(64), run_dir="", cwd="")
-    assert limits_of(plan, cpu(64), found).device_bytes == int(0.9 * 59 * GIB)
+    assert limits_of(plan, cpu(64), found).device_bytes == int((1 - MARGIN["cpu"]) * 59 * GIB)
 
 
 def test_this_machine_has_a_name_of_its_own():
