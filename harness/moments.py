@@ -20,7 +20,14 @@ GATHER_HOLES = {"cpu": 2.4, "cuda": 1.0}
 """Device -> bytes that a gathered byte takes. The C library's heap keeps holes between gathered parameters that come
 and go: measured with SmolLM2-135M on two ranks, LoRA and whole."""
 QUANTIZED_BYTES = {"nf4": 0.5, "int8": 1.0}
-OPTIMIZER_COPIES = {"adamw": 0, "adamw_8bit": 0, "sgd": 1, "rmsprop": 2, "adafactor": 3}
+OPTIMIZER_COPIES = {
+    "adamw": {"cpu": 0, "cuda": 0},
+    # On a CPU bitsandbytes unpacks both moments and computes in fp32 beside them.
+    "adamw_8bit": {"cpu": 6, "cuda": 0},
+    "sgd": {"cpu": 1, "cuda": 1},
+    "rmsprop": {"cpu": 2, "cuda": 2},
+    "adafactor": {"cpu": 3, "cuda": 3},
+}
 """fp32 copies of the parameter that is updated at the time, which the optimizer makes on its way."""
 
 Moment = dict[str, int]
@@ -99,7 +106,7 @@ def chunk_rows(num_tokens: int, limit: int) -> int:
 
 
 def optimizer_working(plan: Plan, profile: Profile) -> int:
-    return OPTIMIZER_COPIES[plan.config.optimizer.name] * FP32_BYTES * profile.largest_trained
+    return OPTIMIZER_COPIES[plan.config.optimizer.name][plan.device] * FP32_BYTES * profile.largest_trained
 
 
 def gradients_of(plan: Plan, profile: Profile) -> Gradients:
