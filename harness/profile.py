@@ -118,12 +118,20 @@ def make_profile(config: Config, labels: list[str] | None = None) -> Profile:
     found |= {name: found["none"] for name in ("selective", "full") if name not in found}
     if is_whole(model):
         shapes = replace(shapes, num_layers=1, layer=shapes.counts)
+    elif shapes.saving_share < 1:
+        found = {name: _fewer(one, shapes.saving_share) for name, one in found.items()}
     return Profile(
-        **{field.name: getattr(shapes, field.name) for field in fields(shapes)},
+        **{field.name: getattr(shapes, field.name) for field in fields(shapes) if field.name != "saving_share"},
         chunk_tokens=chunk_tokens(base, shapes, config),
         policies=found,
         evaluation=fit(evaluated, grown=grown.get("evaluation")),
     )
+
+
+def _fewer(found: Activations, share: float) -> Activations:
+    """The same where only this share of the layers saves anything."""
+    line = found.layer_saved
+    return replace(found, layer_saved=Line(line.fixed * share, line.per_token * share, line.per_pair * share))
 
 
 def has_checkpointing(base: Any) -> bool:

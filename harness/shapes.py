@@ -32,6 +32,8 @@ class Shapes:
     hidden_size: int
     vocab_size: int
     is_per_example: bool
+    saving_share: float
+    """Of the layers, that save anything: those below the first trained one do not."""
 
 
 def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
@@ -48,7 +50,7 @@ def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
     return Shapes(
         counts=count(list(model.parameters())),
         num_layers=len(by_layer) or 1,
-        layer=max(by_layer, key=lambda found: found.total, default=count(list(model.parameters()))),
+        layer=max(by_layer, key=lambda one: (one.total, one.trainable), default=count(list(model.parameters()))),
         embedding=count(list(shared)),
         head=count(head),
         largest_tensor=max(p.numel() for p in model.parameters()),
@@ -59,6 +61,7 @@ def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
         hidden_size=int(getattr(base.config, "hidden_size", 0) or 0),
         vocab_size=int(getattr(base.config, "vocab_size", 0) or 0),
         is_per_example=config.task.type == "image_classification",
+        saving_share=_saving_share(layers, embedding),
     )
 
 
@@ -80,6 +83,14 @@ def empty_model(config: Config, labels: list[str] | None) -> tuple[nn.Module, se
         if getattr(config.quantization, "embeddings", False):
             quantized |= {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
         return adapters.adapt(model, config), quantized if config.quantization.type != "none" else set()
+
+
+def _saving_share(layers: nn.ModuleList | None, embedding: nn.Module | None) -> float:
+    """1 where the embedding is trained, or there is no list of layers."""
+    is_trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers or ()]
+    if not is_trained or (embedding is not None and any(p.requires_grad for p in embedding.parameters())):
+        return 1.0
+    return (len(is_trained) - is_trained.index(True)) / len(is_trained) if any(is_trained) else 0.0
 
 
 def _embedding(base: Any) -> nn.Module | None:

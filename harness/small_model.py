@@ -27,12 +27,17 @@ def small_model(config: Config, labels: list[str] | None, *, vocab_size: int) ->
     """
     fields = cut(load_config_of_model(config), num_layers=1, vocab_size=vocab_size)
     section = config.model.model_copy(update={"path": None, "init": fields, "tokenizer": None, "revision": None})
-    config = config.model_copy(update={"model": section})
+    config = config.model_copy(update={"model": section, "adapter": _of_one_layer(config.adapter)})
     model = models.with_kernels(adapters.adapt(models.load_model(config, labels=labels), config), config)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.grad_dtype = torch.float32
     return model.train()
+
+
+def _of_one_layer(adapter: Any) -> Any:
+    """Where the last layers are trained, the one there is."""
+    return adapter.model_copy(update={"last_layers": 1}) if getattr(adapter, "last_layers", 0) > 1 else adapter
 
 
 def cut(model_config: Any, *, num_layers: int, vocab_size: int) -> dict[str, Any]:
