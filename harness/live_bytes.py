@@ -73,10 +73,9 @@ def _observed(run: Callable[[Mark], None]) -> Timeline:
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     with _silent():
         profiler.start()
-    try:
-        run(mark)
-    finally:
-        with _silent():
+        try:
+            run(mark)
+        finally:
             profiler.stop()
     return _timeline(profiler.profiler.kineto_results.events())  # type: ignore[union-attr]
 
