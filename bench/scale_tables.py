@@ -117,10 +117,10 @@ WIRE_NOTES = (
     "formula: arXiv 1910.02054 section 7 with ring factors (n-1)/n, gradients in fp32 (what burnish accumulates and "
     "DeepSpeed is told to communicate), weights in bf16: all-reduce of the gradients (stage 0), reduce-scatter of them "
     "and all-gather of the trained weights (1, 2), two all-gathers of all weights and a reduce-scatter (3)",
-    "collectives called: counted where they pass PyTorch's dispatcher. DeepSpeed 0.19 all-reduces the buckets of "
-    "stages 1 and 2 (2: use_multi_rank_bucket_allreduce) where the formula has a reduce-scatter; stage 3 keeps "
-    "gathered weights from forward to backward in a model of less than a billion parameters "
-    "(stage3_max_reuse_distance), one all-gather less",
+    "collectives called: counted where they pass PyTorch's dispatcher. Where the formula has a reduce-scatter, "
+    "DeepSpeed 0.19 all-reduces the buckets of stage 1; those of stage 2 too between two workers on a CPU, where gloo "
+    "sends no less otherwise, and with more workers each gradient is reduced to the one that owns it; stage 3 keeps "
+    "gathered weights that are used again soon (harness/zero_config.py), one all-gather less",
     "as the backend runs them: gloo's reduce-scatter is an all-reduce of which every rank keeps a part "
     "(ProcessGroupGloo.cpp)",
     "on the wire: counters of the loopback interface, with the headers of TCP, less what others send in that time",

@@ -104,14 +104,13 @@ class Workload:
         """The config of a run of burnish that takes these steps. Its data section names no data: tokens are random.
 
         `method` is that of the adapter: lora, or qlora over nf4 with double quantisation. `sections` replace whole
-        sections. Random weights have a path in the config of qlora, which refuses to quantise them.
+        sections.
         """
         is_quantized = method == "qlora"
-        model = {"path": "random weights"} if is_quantized and "init" in self.model else self.model
         values: dict[str, Any] = {
             "name": "bench",
             "seed": self.seed,
-            "model": model | {"dtype": "bf16"},
+            "model": self.model | {"dtype": "bf16"},
             "quantization": {"type": "nf4", "double_quant": True} if is_quantized else {"type": "none"},
             "task": {"type": "causal_lm"},
             "data": {"train": "random tokens", "max_length": self.length},

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .config import Config
+from .config_io import with_values
 from .errors import BurnishError, ConfigError, InfeasibleError, OutOfMemory
 from .plan import Decision, Plan
 
@@ -236,21 +237,6 @@ def advised(plan: Plan) -> str:
 def divisor(number: int, *, at_most: int) -> int:
     """The largest divisor of the number that is not larger."""
     return next(value for value in range(max(1, min(at_most, number)), 0, -1) if number % value == 0)
-
-
-def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with these values, checked anew. Raises ConfigError."""
-    fields = config.model_dump(mode="json")
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        place = fields
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    try:
-        return Config.model_validate(fields)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _get(config: Config, key: str) -> Any:

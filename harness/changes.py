@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import ValidationError
-
 from .calibration import Calibration
 from .candidates import MARGIN, SETTINGS, Candidate, Survey, survey
 from .config import Config
+from .config_io import with_values
 from .errors import BurnishError, ConfigError, InfeasibleError
 from .markup import size
 from .plan import Resources
@@ -206,16 +205,9 @@ def _remedy(change: Change, best: Candidate) -> Remedy:
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config | None:
     """The config with other values under dotted keys; None where that is no valid config."""
-    fields = config.model_dump(mode="json")
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        place = fields
-        for section in sections:
-            place = place[section]
-        place[last] = value
     try:
-        return Config.model_validate(fields)
-    except (ValidationError, ConfigError):
+        return with_values(config, values)
+    except ConfigError:
         return None
 
 

@@ -1,7 +1,7 @@
 """YAML files and `section.key=value` overrides -> Config, and back. Every mistake becomes one line of a ConfigError."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from stat import S_ISREG
@@ -181,3 +181,18 @@ def _set(node: Any, keys: Path, value: Any, path: Path) -> Any:
         raise ValueError(f"{dotted(here)}: {dotted(path)} is {shown(node)}, not a section with keys")
     node = node or {}
     return _merge(node, {str(key): _set(node.get(str(key)), rest, value, here)}, path)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with these values under dotted keys, checked anew. Raises ConfigError."""
+    fields = config.model_dump(mode="json")
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        place = fields
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    try:
+        return Config.model_validate(fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

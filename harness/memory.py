@@ -82,12 +82,14 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
     lasting = lasting_bytes(plan, profile)
     moments = moments_of_step(plan, profile)
     fullest = max(moments.values(), key=lambda moment: sum(moment.values()))
-    fullest = fullest | {"allocator": round(overhead.allocator_share * sum(fullest.values()))}
     device, host, nvme = placed(plan, profile, lasting | fullest)
+    come_and_go = sum(size for name, size in device.items() if name in fullest)
+    device["allocator"] = round(overhead.allocator_share * come_and_go)
     device["process"] = overhead.process_bytes
     step = sum(device.values())
-    kept = moments["optimizer"]["gradients"] if plan.zero_stage in (1, 3) else 0
-    at_rest = step - sum(placed(plan, profile, fullest)[0].values()) + kept + gathered_bytes(plan, profile)
+    stays = plan.zero_stage in (1, 3) and plan.offload_optimizer != "nvme"
+    kept = moments["optimizer"]["gradients"] if stays else 0
+    at_rest = step - come_and_go - device["allocator"] + kept + gathered_bytes(plan, profile)
     is_kept = plan.device == "cpu"
     phases = {
         # Half of what a process adds comes with its first step: kernels are prepared then.
@@ -142,7 +144,7 @@ def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: i
     """While weights arrive, one tensor at a time beside what is there; then while the engine makes its copies.
 
     A GGUF file is unpacked as a whole, in fp32. DeepSpeed copies trained weights into one tensor and, in stages 2 and
-    3, allocates this rank's share of the gradients once before it begins.
+    3, allocates this rank's share of the gradients once before it begins. What goes to files goes there piece by piece.
     """
     dtype_bytes, counts = DTYPE_BYTES[plan.config.model.dtype], profile.counts
     if (plan.config.model.path or "").endswith(".gguf"):
@@ -151,10 +153,11 @@ def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: i
         weights = (counts.total - counts.quantized) * dtype_bytes
         arriving = weights + quantized_bytes(plan.config.quantization, counts.quantized)
         arriving += dtype_bytes * profile.largest_tensor
-    made = sum(lasting.values()) - lasting["optimizer_state"] + kept
-    if plan.zero_stage:
+    before = {name: size for name, size in lasting.items() if name != "optimizer_state"} | {"gradients": kept}
+    made = sum(placed(plan, profile, before)[0].values())
+    if plan.zero_stage and plan.offload_param != "nvme":
         made += dtype_bytes * counts.trainable
-    if plan.zero_stage > 1:
+    if plan.zero_stage > 1 and plan.offload_optimizer != "nvme":
         made += FP32_BYTES * counts.trainable // plan.world_size
     return max(arriving, made)
 

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..harness.markup import duration, number, size
+from ..harness.markup import duration, size
 
 WIDTH = 100
 KEY, VALUE = 29, 11
@@ -167,7 +167,7 @@ def _time(answer: Mapping[str, Any]) -> Iterator[str]:
     origin = "as plan --verify measured" if is_measured else "assumed, not measured"
     text = (
         f"{seconds(cost['step_s'])} a step of full-length examples ({told}){sent}{moved}. An estimate: "
-        f"{speeds['name']} at {number(speeds['flops_per_s'])}FLOP/s ({origin})"
+        f"{speeds['name']} at {speeds['flops_per_s'] / 1e12:.3g} TFLOP/s ({origin})"
     )
     yield from textwrap.wrap(text, WIDTH, initial_indent="time         ", subsequent_indent=" " * 13)
 

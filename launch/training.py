@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..harness import backoff
-from ..harness.backoff import with_values
 from ..harness.config import Config
-from ..harness.config_io import config_to_yaml, load_config
+from ..harness.config_io import config_to_yaml, load_config, with_values
 from ..harness.errors import BurnishError, ConfigError, DataError, InfeasibleError, Interrupted, OutOfMemory
 from ..harness.plan import Plan, Resources
 from ..harness.reasons import written
