@@ -76,9 +76,10 @@ def profile_of(config: Config, labels: list[str] | None = None, *, folder: Path 
 def identity(config: Config, labels: list[str] | None) -> str:
     """A hash of all that a profile depends on: the model's shape, how it is trained, our code and the libraries'."""
     sections = ("quantization", "task", "adapter", "kernels")
+    shape = {key: value for key, value in load_config_of_model(config).to_dict().items() if key != "_name_or_path"}
     facts = {name: getattr(config, name).model_dump(mode="json") for name in sections}
     facts |= {"dtype": config.model.dtype, "attention": config.model.attn_implementation}
-    facts |= {"packing": config.data.packing, "labels": labels, "model": load_config_of_model(config).to_dict()}
+    facts |= {"packing": config.data.packing, "labels": labels, "model": shape}
     facts |= {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
     facts |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
