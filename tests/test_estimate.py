@@ -63,7 +63,7 @@ def test_the_text_names_what_is_taken_what_it_needs_and_why(capsys, made_up, pat
         "never chosen by itself",
     ):
         assert words in out
-    assert "An estimate: H100 at 395.6TFLOP/s (assumed, not measured)" in " ".join(out.split())
+    assert "An estimate: H100 at 396 TFLOP/s (assumed, not measured)" in " ".join(out.split())
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
