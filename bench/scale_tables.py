@@ -117,6 +117,110 @@ WIRE_NOTES = (
     "formula: arXiv 1910.02054 section 7 with ring factors (n-1)/n, gradients in fp32 (what burnish accumulates and "
     "DeepSpeed is told to communicate), weights in bf16: all-reduce of the gradients (stage 0), reduce-scatter of them "
     "and all-gather of the trained weights (1, 2), two all-gathers of all weights and a reduce-scatter (3)",
+    "as the backend runs them",
+    "on the wire",
+    "wire/formula",
+)
+
+
+def tables(result: Result) -> list[Table]:
+    kinds = {kind: [row for row in result["rows"] if kind_of(row) == kind] for kind in ("workers", "compute")}
+    kinds["workers"].sort(key=place)
+    found = [workers_table(kinds["workers"], result), wire_table([row for row in kinds["workers"] if is_shared(row)])]
+    found += [compute_table(kinds["compute"])] if kinds["compute"] else []
+    found.append(simulation_table([row for row in result["rows"] if kind_of(row) == "simulation"]))
+    return [table for table in found if table.rows]
+
+
+def kind_of(row: Row) -> str:
+    """Rows that were not measured have nothing but their key."""
+    if "kind" in row:
+        return str(row["kind"])
+    if row["key"].startswith("model of"):
+        return "simulation"
+    return "compute" if " layers of " in row["key"] else "workers"
+
+
+def place(row: Row) -> tuple[str, str, int]:
+    """Full fine-tuning first, by ZeRO stage, then by the number of workers; from the key, which all rows have."""
+    workers, stage, adapter = row["key"].split(", ")
+    return adapter, stage, int(workers.split()[0])
+
+
+def is_shared(row: Row) -> bool:
+    return row["state"] == "ok" and row["num_workers"] > 1
+
+
+def workers_table(rows: Sequence[Row], result: Result) -> Table:
+    cells, notes = [], []
+    for row in rows:
+        if row["state"] != "ok":
+            cells.append((row["key"], row["state"], *[""] * (len(WORKERS_HEAD) - 2)))
+            if row["state"] != NOT_MEASURED:
+                notes.append(f"{row['key']} is {row['state']}: {row['reason']}")
+            continue
+        time_s, split = row["time_s"], row["split"]
+        limit = at_most(row, result)
+        cells.append(
+            (
+                row["key"],
+                ms(time_s["median"]),
+                f"{ms(time_s['q1'])}-{ms(time_s['q3'])}",
+                ms(split["compute_s"]),
+                ms(split["communication_s"]),
+                ms(row["model_calls_s"]),
+                f"{1000 * split['input_s']:.1f}",
+                ms(row["waiting_s"]),
+                percent(row["efficiency"]),
+                percent(limit),
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['checkpoint_s']:.1f} s",
+            )
+        )
+    busy = max((row["others_cores"] for row in rows if row["state"] == "ok"), default=0.0)
+    if busy > BUSY:
+        notes.append(f"other processes used up to {busy:.2f} cores meanwhile: the times are too long")
+    return Table("Workers on this machine", WORKERS_HEAD, cells, [*notes, *workers_notes(rows, result)])
+
+
+def at_most(row: Row, result: Result) -> float:
+    """The efficiency that the number of cores allows."""
+    if row["backend"] == "nccl":
+        return 1.0
+    return min(1.0, result["num_cores"] / (row["num_workers"] * row["num_threads"]))
+
+
+def workers_notes(rows: Sequence[Row], result: Result) -> list[str]:
+    row = next((row for row in rows if row["state"] == "ok"), None)
+    if row is None:
+        return []
+    device = "GPU" if row["backend"] == "nccl" else f"thread of {result['environment']['cpu']}"
+    return [
+        f"weak scaling: {row['tokens_per_worker']} tokens for each worker, one {device} each, model {row['model']} "
+        f"(random weights, bf16, full or LoRA), {row['backend']}; efficiency: time of one worker alone without "
+        "DeepSpeed over that of all, steps of the same round; at most: what the cores allow",
+        "compute, communication, input and waiting are of further steps, whose collectives are waited for one by one, "
+        "so that nothing overlaps: means over the workers, medians over the steps; communication counts from when the "
+        "last worker has come to a collective, waiting is the time before",
+        "model: what a ring over the loopback interface, calibrated with two all-reduces, should take for the "
+        "collectives called",
+    ]
+
+
+def wire_table(rows: Sequence[Row]) -> Table:
+    cells = []
+    for row in rows:
+        wire, said = row["wire_bytes"], row["formula_bytes"]
+        shown = (row["formula_bytes"], row["called_bytes"], row["backend_bytes"])
+        ratio = f"{wire / said:.2f}" if wire is not None else "-"
+        cells.append((row["key"], *map(size, shown), size(wire), ratio))
+    return Table("Bytes sent by each worker in a step", WIRE_HEAD, cells, WIRE_NOTES if cells else ())
+
+
+WIRE_NOTES = (
+    "formula: arXiv 1910.02054 section 7 with ring factors (n-1)/n, gradients in fp32 (what burnish accumulates and "
+    "DeepSpeed is told to communicate), weights in bf16: all-reduce of the gradients (stage 0), reduce-scatter of them "
+    "and all-gather of the trained weights (1, 2), two all-gathers of all weights and a reduce-scatter (3)",
     "collectives called: counted where they pass PyTorch's dispatcher. Where the formula has a reduce-scatter, "
     "DeepSpeed 0.19 all-reduces the buckets of stage 1; those of stage 2 too between two workers on a CPU, where gloo "
     "sends no less otherwise, and with more workers each gradient is reduced to the one that owns it; stage 3 keeps "
