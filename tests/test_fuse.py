@@ -15,6 +15,8 @@ from fusion_cases import FAMILIES, loss_sum, make_config, make_model, train
 
 METHODS = ("lora", "qlora", "dora")
 POLICIES = ("none", "selective", "full")
+NIGHTLY = [pytest.param(method, marks=pytest.mark.nightly) for method in METHODS[1:]]
+"""The methods that drop out by the same code as lora."""
 REFERENCE: dict[tuple[str, str], list[float]] = {}
 
 
@@ -70,7 +72,7 @@ def test_fused_under_zero_equals_unfused_without(tmp_path, combinations):
     assert found.keys() == set(combinations)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+@pytest.mark.parametrize("method", ["lora", *NIGHTLY])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_falls_alike_whatever_is_recomputed(family, method):
     """The seed comes from torch's generator, which checkpointing restores."""
@@ -90,7 +92,7 @@ def losses_over_seeds(model, family, num=60):
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", *NIGHTLY])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_has_pefts_statistics(family, method):
     """Masks differ from PEFT's, so the loss agrees in mean and spread over seeds, not seed by seed."""
