@@ -27,7 +27,6 @@ from .config_hardware import Kernels
 from .errors import ConfigError, TrainingError
 from .evaluate import evaluate
 from .plan import Plan
-from .quantized import dequantized
 from .run_dir import RunDir
 from .tasks import Batch, get_task
 from .tasks.common import accepts, unwrap
@@ -200,6 +199,8 @@ def _export_merged(config: Config, source: Path, folder: Path, labels: list[str]
     model = load_result(config, source, labels=labels)
     own = _logits(model, probe)
     if config.quantization.type != "none":
+        from .quantized import dequantized
+
         del model
         dense = dequantized(models.load_model(config, labels=labels), adapters.torch_dtype(config))
         model = adapters.load_adapter(dense, str(source), config)

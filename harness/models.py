@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,9 +24,11 @@ from .loading import Dense, Keep, Parts, facts_of, in_memory, kept, load_mapped,
 from .memory import Counts
 from .plan import Plan
 from .pretrained import Origin, check_files, explained, load_config_of_model, load_tokenizer, model_origin, quiet
-from .quantized import Quantizing, quantizing
 from .tasks import get_task
 from .tasks.common import accepts, unwrap
+
+if TYPE_CHECKING:  # its kernels need Triton, which not every platform has
+    from .quantized import Quantizing
 
 POOLERS = ("pooler",)
 """Backbone modules that a checkpoint trained on another task may lack; trained together with a new head."""
@@ -114,6 +116,8 @@ def _random(config: Config, model_config: Any, *, device: str) -> Any:
 
 def _random_quantized(config: Config, make: Callable[[], Any], *, device: str) -> Any:
     """The random model that `make` makes, quantised matrix by matrix as its numbers are drawn."""
+    from .quantized import quantizing
+
     made = outline(make)
     model = made.model
     quantization = adapters.quantization_config(config, skip=adapters.head_names(model) + _poolers(model))
@@ -146,6 +150,8 @@ def _load(config: Config, origin: Origin, model_config: Any, *, device: str) -> 
         if not getattr(dense.model, "is_quantized", False):
             todo = None
             if quantization is not None:
+                from .quantized import quantizing
+
                 embeddings = adapters.quantized_embeddings(dense.model, config)
                 todo = quantizing(dense.model, quantization, device=device, embeddings=embeddings)
             _finish(dense, todo, device=device, shelf=_shelf(config, files, device=device))
@@ -200,7 +206,7 @@ def _shelf(config: Config, files: list[str] | None, *, device: str) -> Callable[
 
 
 def _finish(
-    dense: Dense, todo: Quantizing | None, *, device: str, shelf: Callable[..., AbstractContextManager[Keep]]
+    dense: Dense, todo: "Quantizing | None", *, device: str, shelf: Callable[..., AbstractContextManager[Keep]]
 ) -> None:
     """Quantises and casts what is left to do, tensor by tensor."""
     names = {f"{name}.weight" for name in todo.modules} if todo else set()
