@@ -5,12 +5,9 @@ the C++ library; bytes are those of the tensors that the call makes, the buffers
 among them. On a GPU the allocator and the profiler count.
 """
 
-import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import copy_context
-from threading import Thread
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..harness.live_bytes import undisturbed
 from ..kernels import native
 from .op_runs import Run, tensors_of
 
@@ -141,26 +139,12 @@ def _native_calls(observer: _Observer) -> Iterator[None]:
 
 
 def _observed(run: Run) -> _Observer:
-    """One call, observed in a thread of its own, which has no memory of earlier calls."""
-    observer, context = _Observer(), copy_context()
-    errors: list[BaseException] = []
+    """One call, observed."""
+    observer = _Observer()
 
     def observe() -> None:
-        try:
-            with _native_calls(observer), observer:
-                run()
-        except Exception as error:
-            errors.append(error)
+        with _native_calls(observer), observer:
+            run()
 
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        thread = Thread(target=context.run, args=(observe,))
-        thread.start()
-        thread.join()
-    finally:
-        if was_enabled:
-            gc.enable()
-    if errors:
-        raise errors[0]
+    undisturbed(observe)
     return observer

@@ -17,8 +17,9 @@ from typing import Any, TextIO, cast
 
 import torch
 
+from ..harness.resident import reset_peak
 from .modes import MODES
-from .turns import Finished, Turns, reset_peak
+from .turns import Finished, Turns
 from .worker import own_stdout
 from .workload import Workload
 

@@ -4,26 +4,20 @@ Requests and answers are lines of JSON. Requests: {"do": "step"}, {"do": "profil
 {"do": "stop"}. Answers: what `Turns.ready` and `Turns.end` write, and {} for a release.
 """
 
-import contextlib
-import ctypes
-import gc
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from ..harness.allocator import keep_freed_memory
+from ..harness.allocator import give_back_freed_memory, keep_freed_memory
 from ..harness.metrics import flops_per_token
+from ..harness.resident import bytes_now, peak_bytes, reset_peak
 from ..launch.resources import memory_bytes
 
-STAT, STATUS, CLEAR_REFS = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"
-"""What resets VmHWM to the present size, proc_pid_clear_refs(5)."""
-
+STAT = Path("/proc/stat")
 STOP = '{"do": "stop"}'
 
 
@@ -45,14 +39,14 @@ class Turns:
 
     def mark_floor(self) -> None:
         """Call it when all libraries are imported and no weight is loaded."""
-        self.floor_bytes = memory("VmRSS", self.device)
+        self.floor_bytes = bytes_now(self.device)
 
     def ready(self, model: Any, *, num_trained: int, length: int) -> None:
         """Call it before the first begin(): says what was built, and forgets the memory that loading took."""
-        give_back_freed_memory()
+        give_back_freed_memory(self.device)
         if self.keeps_memory:
             keep_freed_memory()
-        loaded = memory("VmRSS", self.device)
+        loaded = bytes_now(self.device)
         reset_peak(self.device)
         self._answer(
             {
@@ -91,7 +85,7 @@ class Turns:
             "time_s": time_s,
             "others_s": others_s() - self.start_others_s,
             "loss": loss,
-            "peak_bytes": memory("VmHWM", self.device),
+            "peak_bytes": peak_bytes(self.device),
         }
         if self.profiler is not None:
             self.profiler.stop()
@@ -123,34 +117,9 @@ def numel(parameter: torch.Tensor) -> int:
     return state.shape.numel() if state is not None else parameter.numel()
 
 
-def memory(field: str, device: str) -> int:
-    """Bytes: VmRSS (now) or VmHWM (most since the reset) of this process; on a GPU what its allocator holds."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
-    found = re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
-
-
-def give_back_freed_memory() -> None:
-    """To the system what the C allocator keeps, so that the peak is that of training; no setting is changed."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def room_bytes(device: str) -> int:
     """All memory of the device; on a CPU what the machine or its container has."""
     return int(torch.cuda.mem_get_info()[1]) if device == "cuda" else memory_bytes()
-
-
-def reset_peak(device: str) -> None:
-    """Starts VmHWM anew; where the system cannot, it stays the most since the process began."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
 
 
 def others_s() -> float:

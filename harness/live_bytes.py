@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.autograd import DeviceType
@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 MARK = "burnish mark: "
 Mark = Callable[[str], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,18 @@ class Timeline:
 
 
 def live_bytes(run: Callable[[Mark], None]) -> Timeline:
-    """The timeline of `run` on the CPU; it is given a function that sets a mark.
+    """The timeline of `run` on the CPU; it is given a function that sets a mark."""
+    return undisturbed(lambda: _observed(run))
 
-    It runs in a thread of its own, which has no scratch memory of earlier runs.
-    """
-    found: list[Timeline] = []
+
+def undisturbed(observed: Callable[[], Found]) -> Found:
+    """What a call returns or raises: without gc, in a new thread, which has no scratch memory of earlier calls."""
+    found: list[Found] = []
     errors: list[BaseException] = []
 
     def observe() -> None:
         try:
-            found.append(_observed(run))
+            found.append(observed())
         except Exception as error:
             errors.append(error)
 

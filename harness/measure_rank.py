@@ -14,13 +14,13 @@ from typing import Any, TextIO
 import torch
 
 from . import models
-from .allocator import keep_freed_memory
+from .allocator import give_back_freed_memory, keep_freed_memory
 from .data.loader import StepBatch
 from .engine import Engine, StepResult, World, make_engine
 from .evaluate import evaluate
 from .loop import train_step
 from .plan import Plan
-from .resident import bytes_now, give_back_freed_memory, peak_bytes, reset_peak
+from .resident import bytes_now, peak_bytes, reset_peak
 from .synthetic import synthetic_batch
 from .tasks import get_task
 from .tasks.common import unwrap
@@ -55,7 +55,7 @@ def measured(plan: Plan, rank: int, folder: Path, *, num_steps: int, labels: lis
     world = World(rank=rank, local_rank=rank, size=plan.world_size, device=device)
     set_up_process(plan, world)
     _import_all(plan, world, folder)
-    give_back_freed_memory()
+    give_back_freed_memory(plan.device)
     baseline = bytes_now(device)
     phases: dict[str, int] = {}
 

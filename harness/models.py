@@ -299,6 +299,15 @@ def _count(model: nn.Module) -> Counts:
 
 def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
     """Counts without loading a weight. Raises ConfigError."""
+    model, quantized = empty_model(config, labels)
+    return replace(_count(model), quantized=sum(weight.numel() for weight in quantized))
+
+
+def empty_model(config: Config, labels: list[str] | None) -> tuple[nn.Module, set[nn.Parameter]]:
+    """The adapted model on the meta device, and those of its weights that are quantised when it is loaded.
+
+    Raises ConfigError.
+    """
     model_config = load_config_of_model(config)
     _set_labels(model_config, labels)
     auto = get_task(config.task.type).auto_class()
@@ -309,10 +318,8 @@ def count_parameters(config: Config, labels: list[str] | None = None) -> Counts:
         model.new_modules = ()
         chosen = {*adapters.linear_names(model, excluded=_poolers(model))}
         chosen |= {*adapters.quantized_embeddings(model, config), *adapters.quantized_heads(model, config)}
-        quantizable = sum(m.weight.numel() for name, m in model.named_modules() if name in chosen)
-        model = adapters.adapt(model, config)
-    counts = _count(model)
-    return replace(counts, quantized=0 if config.quantization.type == "none" else quantizable)
+        quantized = {module.weight for name, module in model.named_modules() if name in chosen}
+        return adapters.adapt(model, config), quantized if config.quantization.type != "none" else set()
 
 
 def build(plan: Plan, labels: list[str] | None = None) -> nn.Module:

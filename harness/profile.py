@@ -24,9 +24,9 @@ from .evaluate import eval_mode
 from .live_bytes import Timeline, live_bytes
 from .moments import ROUND_PACKED
 from .pretrained import load_config_of_model
-from .profile_numbers import Activations, HeadLine, Line, Profile
+from .profile_numbers import Activations, HeadLine, Line, Profile, Shapes
 from .run_dir import write_json
-from .shapes import Shapes, shapes_of
+from .shapes import shapes_of
 from .small_model import backward_twice, grow_vocabulary, layers_of, marked, small_model
 from .synthetic import synthetic_batch
 from .tasks import get_task
@@ -122,7 +122,7 @@ def make_profile(config: Config, labels: list[str] | None = None) -> Profile:
     elif shapes.saving_share < 1:
         found = {name: _fewer(one, shapes.saving_share) for name, one in found.items()}
     return Profile(
-        **{field.name: getattr(shapes, field.name) for field in fields(shapes) if field.name != "saving_share"},
+        **{field.name: getattr(shapes, field.name) for field in fields(shapes)},
         chunk_tokens=chunk_tokens(base, shapes, config),
         policies=found,
         evaluation=fit(evaluated, grown=grown.get("evaluation")),

@@ -79,9 +79,9 @@ class Activations:
         )
 
 
-@dataclass(frozen=True)
-class Profile:
-    """A model under a config, in plain numbers. A model without a list of layers is one layer."""
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """How many weights a model has under a config, and where. A model without a list of layers is one layer."""
 
     counts: Counts
     num_layers: int
@@ -103,6 +103,14 @@ class Profile:
     vocab_size: int
     is_per_example: bool
     """Whether a token stands for a whole example (images)."""
+    saving_share: float = 1.0
+    """Of the layers, that save anything: those below the first trained one do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Shapes):
+    """A model under a config, in plain numbers. `layer_saved` of its policies counts the share of layers that save."""
+
     chunk_tokens: Mapping[str, int] | None
     """Device -> tokens whose logits exist at a time; None where it is all."""
     policies: Mapping[str, Activations]

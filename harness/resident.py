@@ -1,8 +1,6 @@
 """Memory of this process now and at most: resident on a CPU, given out by torch's allocator on a GPU."""
 
 import contextlib
-import ctypes
-import gc
 import re
 from pathlib import Path
 
@@ -33,14 +31,6 @@ def reset_peak(device: str) -> None:
         return
     with contextlib.suppress(OSError):
         CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
-
-
-def give_back_freed_memory() -> None:
-    """To the system what the C allocator keeps."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _status(field: str) -> int | None:

@@ -1,44 +1,19 @@
 """How many weights a model has, and where: found on the meta device, without a byte of them."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import adapters, models
 from .config import Config
-from .pretrained import explained, load_config_of_model
-from .profile_numbers import Counts
+from .profile_numbers import Counts, Shapes
 from .small_model import layers_of
-from .tasks import get_task
 from .tasks.common import unwrap
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The counts of a Profile, by its names."""
-
-    counts: Counts
-    num_layers: int
-    layer: Counts
-    embedding: Counts
-    head: Counts
-    largest_tensor: int
-    largest_trained: int
-    num_trained_tensors: int
-    trained_vectors: int
-    buffer_bytes: int
-    hidden_size: int
-    vocab_size: int
-    is_per_example: bool
-    saving_share: float
-    """Of the layers, that save anything: those below the first trained one do not."""
 
 
 def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
     """Raises ConfigError."""
-    model, quantized = empty_model(config, labels)
+    model, quantized = models.empty_model(config, labels)
     base, trained = unwrap(model), [p for p in model.parameters() if p.requires_grad]
     layers = layers_of(base)
     embedding = _embedding(base)
@@ -63,26 +38,6 @@ def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
         is_per_example=config.task.type == "image_classification",
         saving_share=_saving_share(layers, embedding),
     )
-
-
-def empty_model(config: Config, labels: list[str] | None) -> tuple[nn.Module, set[nn.Parameter]]:
-    """The adapted model on the meta device, and those of its weights that are quantised when it is loaded."""
-    model_config = load_config_of_model(config)
-    if labels is not None:
-        model_config.id2label = dict(enumerate(labels))
-        model_config.label2id = {name: i for i, name in enumerate(labels)}
-    auto = get_task(config.task.type).auto_class()
-    with torch.device("meta"), explained("model.path", str(config.model.path or model_config.model_type)):
-        model: Any = auto.from_config(
-            model_config, dtype=adapters.torch_dtype(config), trust_remote_code=config.model.trust_remote_code
-        )
-        model.new_modules = ()
-        poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in models.POOLERS]
-        linear = set(adapters.linear_names(model, excluded=poolers))
-        quantized = {module.weight for name, module in model.named_modules() if name in linear}
-        if getattr(config.quantization, "embeddings", False):
-            quantized |= {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-        return adapters.adapt(model, config), quantized if config.quantization.type != "none" else set()
 
 
 def _saving_share(layers: nn.ModuleList | None, embedding: nn.Module | None) -> float:

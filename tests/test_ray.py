@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
 import tiny
 from burnish.harness.config_hardware import Ray
 from burnish.harness.config_io import load_config
