@@ -14,8 +14,9 @@ quickstart: $(MADE)
 train: $(MADE)
 	$(BIN)/burnish train $(CONFIG) $(ARGS)
 
+# One process a core, four at most: each holds a model or two. A file's tests share what its fixtures made.
 test: $(MADE)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # The quick suite on this machine: tables, runs/bench/*.json and runs/bench/report.html.
 bench: $(MADE)
