@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .faults import faultpoint
 SHARD_BYTES = 2 * 2**30
 MANIFEST = "MANIFEST.json"
 SPARE_BYTES = 2**20
+MAX_MANIFEST_BYTES = 10 * 2**20
 
 
 def save(
@@ -56,7 +58,7 @@ def save(
     problem: Exception | None = None
     try:
         if world.rank == 0:
-            _clean(folder)
+            clean(run_dir)
             temporary.mkdir(parents=True)
     except OSError as error:
         problem = error
@@ -121,12 +123,15 @@ def check_same(trainer: dict[str, Any], identity: dict[str, Any]) -> None:
 def verify(path: Path, *, hashes: bool = True) -> bool:
     """Whether the manifest is intact and every file has its size (and, with `hashes`, its sha256)."""
     try:
+        if not _is_plain_file(path / MANIFEST, most=MAX_MANIFEST_BYTES):
+            return False
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
-        if text != _manifest_bytes(manifest) or path.name != f"step_{manifest['step']:08d}":
+        if path.is_symlink() or text != _manifest_bytes(manifest) or path.name != f"step_{manifest['step']:08d}":
             return False
         return all(
             _is_plain(name)
+            and _is_plain_file(path / name)
             and (path / name).stat().st_size == entry["bytes"]
             and (not hashes or _sha256(path / name) == entry["sha256"])
             for name, entry in manifest["files"].items()
@@ -234,8 +239,9 @@ def _prune(folder: Path, *, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
-def _clean(folder: Path) -> None:
-    """Removes what interrupted saves have left."""
+def clean(run_dir: str | Path) -> None:
+    """Removes what interrupted saves have left. Only while no other process saves there."""
+    folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path)
@@ -293,6 +299,12 @@ def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
 
 def _is_plain(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9_]+\.[a-z]+", name))
+
+
+def _is_plain_file(path: Path, *, most: float = float("inf")) -> bool:
+    """A file of at most so many bytes. Links, pipes and devices are none: reading them may never end."""
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_size <= most
 
 
 def _sha256(path: Path) -> str:

@@ -203,6 +203,8 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, posi
 
 def _restore(job: Job) -> int:
     """Loads the newest complete checkpoint, if there is one; returns the number of steps already done."""
+    if job.is_first:
+        checkpoint.clean(job.plan.run_dir)
     path, broken = checkpoint.newest(job.plan.run_dir)
     for name in broken:
         job.emit({"event": "broken_checkpoint", "path": name})
