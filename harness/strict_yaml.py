@@ -170,7 +170,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = None if isinstance(resolve_scalar(text), str) else "'"
-    if not text.isprintable():  # line breaks, in any of YAML's senses, survive only as escapes
+    if "\n" in text and text.replace("\n", "").isprintable():
+        style = "|"  # PyYAML falls back on escapes where a block would not be read back
+    elif not text.isprintable():  # line breaks, in any of YAML's other senses, survive only as escapes
         style = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

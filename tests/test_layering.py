@@ -31,6 +31,7 @@ TORCH_FREE = (
     *("harness.run_dir", "harness.summary", "harness.report"),
     *("harness.planner", "harness.calibration", "launch.planning", "launch.plan_text", "launch.verification"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
+    "launch.manifest",
     *(
         "launch.bench",
         "bench.modes",
