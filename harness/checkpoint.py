@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .engine import State, World
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, SupersededError, TrainingError
 from .faults import faultpoint
 
 SHARD_BYTES = 2 * 2**30
@@ -47,15 +47,21 @@ def save(
     world: World,
     barrier: Callable[[], None],
     keep: int,
+    attempt: int = 0,
+    may_commit: Callable[[], bool] = lambda: True,
 ) -> Path:
     """Writes checkpoints/step_<step> and keeps the newest `keep`. Collective; `state` is rank 0's, None elsewhere.
 
+    `attempt` is the same on every rank and tells this attempt's temporary folder from a zombie's.
+
     Raises TrainingError, on every rank, if a value is not finite or a file cannot be written; earlier checkpoints
-    stay as they are and nothing is left of this one.
+    stay as they are and nothing is left of this one. Raises SupersededError where `may_commit` says no.
     """
     folder = Path(run_dir) / "checkpoints"
-    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
+    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.{attempt}.tmp"
     problem: Exception | None = None
+    if not may_commit():
+        raise SupersededError
     try:
         if world.rank == 0:
             clean(run_dir)
@@ -75,14 +81,16 @@ def save(
     try:
         if world.rank == 0 and problem is None and not missing:
             faultpoint("save.before_manifest")
-            _commit(temporary, final, parts, step=step, world_size=world.size)
+            _commit(temporary, final, parts, step=step, world_size=world.size, may_commit=may_commit)
             _prune(folder, keep=keep)
-    except OSError as error:
+    except (OSError, SupersededError) as error:
         problem = error
     barrier()
     if problem is not None or missing or not verify(final, hashes=False):
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        if not may_commit():
+            raise SupersededError
         raise _explain(problem, folder, state, missing) from problem
     return final
 
@@ -201,7 +209,9 @@ def _write_part(temporary: Path, state: State | None, trainer: dict[str, Any], w
     faultpoint("save.after_part")
 
 
-def _commit(temporary: Path, final: Path, parts: list[Path], *, step: int, world_size: int) -> None:
+def _commit(
+    temporary: Path, final: Path, parts: list[Path], *, step: int, world_size: int, may_commit: Callable[[], bool]
+) -> None:
     """Manifest, then the rename that makes the checkpoint count."""
     files: dict[str, Any] = {}
     for part in parts:
@@ -212,6 +222,8 @@ def _commit(temporary: Path, final: Path, parts: list[Path], *, step: int, world
     _fsync(temporary / MANIFEST)
     _fsync(temporary)
     faultpoint("save.before_rename")
+    if not may_commit():
+        raise SupersededError
     if final.exists():
         # Only a broken folder can be in the way: training goes on from the newest whole one.
         final.rename(_unused(final.with_name(f"{final.name}.broken")))

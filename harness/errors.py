@@ -51,3 +51,14 @@ class Interrupted(BurnishError):  # noqa: N818
     """The user stopped the run and a checkpoint was written: exit 130."""
 
     exit_code = 130
+
+
+class LostError(TrainingError):
+    """What ran the workers is gone (Ray's head, its controller): a new driver may go on from the newest checkpoint."""
+
+
+class SupersededError(TrainingError):
+    """This attempt is a zombie: a later one has the run, and this one may write nothing any more."""
+
+    def __init__(self, message: str = "a later attempt has taken over this run, so this one ends") -> None:
+        super().__init__(message)

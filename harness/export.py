@@ -24,8 +24,9 @@ from . import adapters, models
 from .card import model_card
 from .config import Config
 from .config_hardware import Kernels
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, SupersededError, TrainingError
 from .evaluate import evaluate
+from .paths import check_entries
 from .plan import Plan
 from .run_dir import RunDir
 from .tasks import Batch, get_task
@@ -52,11 +53,19 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def save_final(plan: Plan, model: nn.Module, state: dict[str, Tensor], labels: list[str] | None) -> Path:
+def save_final(
+    plan: Plan,
+    model: nn.Module,
+    state: dict[str, Tensor],
+    labels: list[str] | None,
+    *,
+    may_commit: Callable[[], bool] = lambda: True,
+) -> Path:
     """Writes adapter/ or model/ of the run directory from the gathered trained weights; rank 0 only.
 
     The frozen weights are read again from where they came, so the live ones may be partitioned. Replaces what an
-    earlier attempt left. Raises TrainingError for weights that are empty or not finite.
+    earlier attempt left. Raises TrainingError for weights that are empty or not finite, SupersededError where
+    `may_commit` says no once all is written.
     """
     run, config = RunDir(plan.run_dir), plan.config
     target = run.adapter if adapters.is_adapter(config) else run.model
@@ -79,6 +88,8 @@ def save_final(plan: Plan, model: nn.Module, state: dict[str, Tensor], labels: l
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(config, record), encoding="utf-8")
+        if not may_commit():
+            raise SupersededError
     return target
 
 
@@ -117,6 +128,7 @@ def load_result(config: Config, folder: Path, *, labels: list[str] | None, devic
 
     Raises ConfigError if the folder is incomplete or the base is not the one that was trained on.
     """
+    check_entries(folder)
     record = read_record(folder)
     if not adapters.is_adapter(config):
         model = models.load_model(config, labels=labels, device=device, path=str(folder))
@@ -132,6 +144,8 @@ def load_result(config: Config, folder: Path, *, labels: list[str] | None, devic
 def read_record(folder: Path) -> dict[str, Any]:
     """burnish.json of a result. Raises ConfigError if it is missing or broken."""
     try:
+        if not (folder / RECORD).is_file():
+            raise OSError("it is no file")
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is no result of burnish: {RECORD} cannot be read ({error})") from None
@@ -174,12 +188,21 @@ def export_run(run_dir: str | Path, format: str, out: str | Path) -> dict[str, A
     source = run.trained_folder()
     if format not in EXPORTS:
         raise ConfigError(f"--format {format}: choose one of {', '.join(EXPORTS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists and is not empty; choose another folder")
+    _check_out(out)
     labels = read_record(source)["labels"]
     with _written_whole(out) as folder:
         result = EXPORTS[format](config, source, folder, labels)
     return {"format": format, "path": str(out)} | result
+
+
+def _check_out(out: Path) -> None:
+    """Raises ConfigError unless the folder can be new: it is not there, or empty."""
+    try:
+        if not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--out {str(out)[:100]!r} cannot be a folder: {error}") from None
+    raise ConfigError(f"--out {out} exists and is not an empty folder; choose another folder")
 
 
 def _export_adapter(config: Config, source: Path, folder: Path, labels: list[str] | None) -> dict[str, Any]:
@@ -214,7 +237,12 @@ def _export_merged(config: Config, source: Path, folder: Path, labels: list[str]
     (folder / "README.md").write_text(model_card(config, record, merged=True), encoding="utf-8")
     del model
     auto = get_task(config.task.type).auto_class()
-    reloaded = auto.from_pretrained(folder, dtype=adapters.torch_dtype(config), use_safetensors=True)
+    reloaded = auto.from_pretrained(
+        folder,
+        dtype=adapters.torch_dtype(config),
+        use_safetensors=True,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     _compare(merged, _logits(reloaded, probe), limit=0.0)
     exact = config.model.dtype == "fp32" and config.quantization.type == "none"
     return _compare(own, merged, limit=1e-3 if exact else float("inf")) | {"dtype": config.model.dtype}

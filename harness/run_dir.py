@@ -24,6 +24,8 @@ LIBRARIES = (
     *("burnish", "torch", "transformers", "peft", "deepspeed", "ray", "bitsandbytes"),
     *("accelerate", "safetensors", "tokenizers", "datasets", "numpy"),
 )
+FENCE = "fence.json"
+"""See lock.py. It alone makes no run."""
 
 
 class RunDir:
@@ -44,6 +46,8 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.model = self.path / "model"
+        self.heartbeats = self.path / "heartbeats"
+        self.hangs = self.path / "hangs"
         self.stop = self.path / "stop"
         """Its existence asks the workers to write a checkpoint and end."""
         self.fatal_json = self.path / "fatal.json"
@@ -70,7 +74,7 @@ class RunDir:
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise ConfigError(f"{run.path} is a file, so no run can be kept there; choose another name")
-        is_used = run.path.is_dir() and any(run.path.iterdir())
+        is_used = run.path.is_dir() and any(path.name != FENCE for path in run.path.iterdir())
         if mode == "resume":
             if not run.is_run:
                 raise ConfigError(f"--resume: there is no run at {run.path}; drop --resume to start it")

@@ -17,34 +17,30 @@ from typing import Any
 
 import torch
 
-from . import backoff, checkpoint, export, models, offload
+from . import backoff, checkpoint, export, lock, models, offload
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .data.loader import Loader, eval_batches
 from .data.prepare import Prepared
 from .data.sampler import Sampler
 from .data.store import Store
+from .detectors import Notices
+from .elastic import plan_for
 from .engine import Engine, World, make_engine
-from .errors import Interrupted
+from .errors import Interrupted, SupersededError
 from .evaluate import evaluate
+from .faults import arm_from_environment
 from .generate import generate
-from .loop import StepReport, train
+from .loop import StepReport, pace_of, train
 from .metrics import MetricsWriter, memory_bytes
 from .plan import Plan
 from .run_dir import RunDir, environment
 from .tasks import Task, get_task
 from .tasks.common import unwrap
+from .watchdog import Position, watched
 
 Report = Callable[[dict[str, Any]], None]
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The second is the first one's older name. Segments that grow leave no holes too small for the next tensor."""
-
-
-@dataclass
-class Position:
-    """What a rank is doing, after how many steps."""
-
-    phase: backoff.Phase = "load"
-    step: int = 0
 
 
 @dataclass
@@ -63,7 +59,10 @@ class Job:
     metrics: MetricsWriter
     report: Report
     position: Position
+    attempt: int
+    """What rank 0 of this group of workers took from the fence (see lock.py)."""
     samples: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0
     peak_memory_bytes: int = 0
 
     @property
@@ -73,13 +72,23 @@ class Job:
     @contextlib.contextmanager
     def during(self, phase: backoff.Phase) -> Iterator[None]:
         """Says what is being done; an error leaves it as it is."""
-        before, self.position.phase = self.position.phase, phase
+        before = self.position.phase
+        self.position.at(phase)
         yield
-        self.position.phase = before
+        self.position.at(before)
+
+    def may_write(self) -> bool:
+        """Whether no later attempt has taken over the run directory."""
+        return lock.is_current(self.plan.run_dir, self.attempt)
+
+    def _check_fence(self) -> None:
+        if not self.may_write():
+            raise SupersededError
 
     def emit(self, event: dict[str, Any]) -> None:
         """Writes an event to events.jsonl and hands it to the launcher; rank 0 only."""
         if self.is_first:
+            self._check_fence()
             event = {"time": time.time()} | event
             self.run_dir.append_jsonl(self.run_dir.events_jsonl, event)
             self.report(event)
@@ -87,20 +96,24 @@ class Job:
     def log(self, record: dict[str, Any]) -> None:
         """Writes a metrics record and hands it to the launcher; rank 0 only."""
         if self.is_first:
+            self._check_fence()
             self.metrics.log(record)
             self.report(record)
 
 
-def run(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> dict[str, Any]:
-    """Trains to the end of the plan and returns the summary of rank 0.
+def run(plan: Plan, prepared: Prepared, *, world: World, report: Report, driver: int = 0) -> dict[str, Any]:
+    """Trains to the end of the plan and returns the summary of rank 0. `driver` is the number of who started it.
 
-    Raises Interrupted when the stop file asked for an early end (a checkpoint is written first), TrainingError when
+    Raises SupersededError when a later attempt has taken over the run directory, Interrupted when the stop file asked for an early end (a checkpoint is written first), TrainingError when
     training or the proof of the saved weights fails, OutOfMemory once all that this rank held is released.
     """
+    plan = plan_for(plan, world.size)
     set_up_process(plan, world)
+    arm_from_environment(world.rank)
     position = Position()
     try:
-        return _run(plan, prepared, world=world, report=report, position=position)
+        with watched(plan, world.rank) as position.watchdog:
+            return _run(plan, prepared, world=world, report=report, position=position, driver=driver)
     except Exception as error:
         if not backoff.found_no_memory(error):
             raise
@@ -111,11 +124,13 @@ def run(plan: Plan, prepared: Prepared, *, world: World, report: Report) -> dict
     raise failure
 
 
-def _run(plan: Plan, prepared: Prepared, *, world: World, report: Report, position: Position) -> dict[str, Any]:
-    job = _build(plan, prepared, world=world, report=report, position=position)
+def _run(
+    plan: Plan, prepared: Prepared, *, world: World, report: Report, position: Position, driver: int
+) -> dict[str, Any]:
+    job = _build(plan, prepared, world=world, report=report, position=position, driver=driver)
     try:
-        first_step = position.step = _restore(job)
-        position.phase = "step"
+        first_step = position.first_step = _restore(job)
+        position.at("step", step=first_step)
         if first_step == 0:
             _evaluate(job, "validation", step=0)
             _answer(job, "before")
@@ -151,7 +166,7 @@ def set_up_process(plan: Plan, world: World) -> None:
     torch.manual_seed(plan.config.seed)
 
 
-def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, position: Position) -> Job:
+def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, position: Position, driver: int) -> Job:
     config, run_dir = plan.config, RunDir(plan.run_dir)
     task = get_task(config.task.type)
     processor = task.load_processor(config)
@@ -192,6 +207,7 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, posi
         metrics=MetricsWriter(run_dir, config, is_writer=world.rank == 0),
         report=report,
         position=position,
+        attempt=_attempt(plan, world, engine, driver=driver),
     )
     if job.is_first:
         run_dir.write_json(run_dir.env_json, environment())
@@ -199,6 +215,13 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, posi
     job.emit({"event": "model", "name": name, "dtype": config.model.dtype, "fused": unwrap(model).fused} | counts)
     job.emit({"event": "start", "total_steps": sampler.total_steps, "steps_per_epoch": sampler.steps_per_epoch})
     return job
+
+
+def _attempt(plan: Plan, world: World, engine: Engine, *, driver: int) -> int:
+    """The number that rank 0 takes from the fence, on every rank. Collective."""
+    number = lock.fence(plan.run_dir, driver=driver) if world.rank == 0 else 0
+    [shared] = engine.all_reduce_sum(torch.tensor([float(number)], dtype=torch.float64))
+    return int(shared)
 
 
 def _restore(job: Job) -> int:
@@ -215,9 +238,9 @@ def _restore(job: Job) -> int:
     checkpoint.check_same(trainer, _identity(job))
     job.engine.load_state(state)
     checkpoint.set_rng_state(rng)
-    job.samples = trainer["samples"]
+    job.samples, job.num_skipped = trainer["samples"], trainer.get("skipped", 0)
     job.metrics.start(trainer["step"])
-    job.emit({"event": "resume", "step": trainer["step"], "path": str(path)})
+    job.emit({"event": "resume", "step": trainer["step"], "path": str(path), "world_size": job.world.size})
     return int(trainer["step"])
 
 
@@ -236,10 +259,15 @@ def _identity(job: Job) -> dict[str, Any]:
 def _train(job: Job, first_step: int) -> int:
     config, total = job.plan.config, job.sampler.total_steps
     saved_step = first_step
+    losses = job.metrics.losses() if job.is_first else []
+    notices = Notices(job.emit, losses=losses, num_ranks=job.world.size)
 
     def after_step(step: StepReport) -> None:
         nonlocal saved_step
-        done = job.position.step = step.step + 1
+        done, job.num_skipped = step.step + 1, step.num_skipped
+        job.position.at("step", step=done)
+        if job.is_first:
+            notices.see(step)
         job.peak_memory_bytes = max(job.peak_memory_bytes, memory_bytes(job.plan.device))
         if done % config.tracking.log_every_steps == 0 or done == total:
             extra = {"memory_bytes": memory_bytes(job.plan.device), "epoch": job.sampler.epoch(done)}
@@ -260,6 +288,9 @@ def _train(job: Job, first_step: int) -> int:
         total_steps=total,
         is_stopping=job.run_dir.stop.exists,
         after_step=after_step,
+        num_skipped=job.num_skipped,
+        pace=pace_of(job.world, zero_stage=job.plan.zero_stage),
+        progress=job.position.progress,
     )
     assert saved_step == done or first_step >= total, (saved_step, done)
     return done
@@ -272,10 +303,12 @@ def _save(job: Job, step: int) -> None:
             job.plan.run_dir,
             step,
             state=job.engine.state(),
-            trainer={"step": step, "samples": job.samples} | _identity(job),
+            trainer={"step": step, "samples": job.samples, "skipped": job.num_skipped} | _identity(job),
             world=job.world,
             barrier=job.engine.barrier,
             keep=job.plan.config.checkpoint.keep,
+            attempt=job.attempt,
+            may_commit=job.may_write,
         )
     job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time.perf_counter() - start})
 
@@ -336,14 +369,14 @@ def _answer(job: Job, when: str) -> None:
 def _finish(job: Job, step: int) -> dict[str, Any]:
     """Final metrics and samples, the saved result, and the proof that it reloads to the same loss."""
     final = {split: _evaluate(job, split, step=step) for split in ("validation", "test")}
-    job.position.phase = "finish"
+    job.position.at("finish", step=step)
     _answer(job, "after")
     live_loss, batch = _proof_batch(job)
     state = job.engine.trained_state()
     summary: dict[str, Any] = {}
     if job.is_first:
         assert state is not None
-        path = export.save_final(job.plan, job.engine.model, state, job.prepared.labels)
+        path = export.save_final(job.plan, job.engine.model, state, job.prepared.labels, may_commit=job.may_write)
         proof = export.prove(job.plan, path, batch, live_loss, labels=job.prepared.labels)
         job.emit({"event": "proof", "path": str(path)} | proof)
         summary = {"steps": step, "result": str(path), "proof": proof} | {k: v for k, v in final.items() if v}

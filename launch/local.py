@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..harness import lock
 from ..harness.config import Config
 from ..harness.plan import Plan, Resources
 from .resources import detect
@@ -34,7 +35,7 @@ class Session:
         from ..harness.worker import run
 
         world = World(rank=0, local_rank=0, size=1, device=self.plan.device)
-        return run(self.plan, prepared, world=world, report=report)
+        return run(self.plan, prepared, world=world, report=report, driver=lock.driver_of(self.plan.run_dir))
 
 
 @contextmanager

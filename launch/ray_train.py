@@ -17,12 +17,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ..harness import backoff
+from ..harness import backoff, lock
 from ..harness.config import Config
 from ..harness.config_hardware import Ray
-from ..harness.errors import BurnishError, DataError, TrainingError
+from ..harness.errors import BurnishError, DataError, SupersededError, TrainingError
 from ..harness.plan import Plan, Resources
 from ..harness.run_dir import RunDir
+from ..harness.watchdog import longest_s
 from .attempts import killed
 from .failures import fatal_error, first_line, raise_fatal, write_fatal, write_traceback
 from .processes import oom_kills
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 
 POLL_S = 0.2
 COLLECTIVE_TIMEOUT_S = 600
-"""Longest wait of a rank for another: rank 0 alone generates, saves and proves the result."""
+"""Longest wait of a rank for another, at least: watchdogs notice a hang before, and can say where."""
 CONTROLLER_FAILURES = 2
+RESIZE_INTERVAL_S = 60.0
+"""How often an elastic run looks for room to grow. Growing restarts it from its newest checkpoint."""
 STORAGE = ".ray"
 """Folder in the run directory for Ray's own book-keeping, which burnish does not use."""
 
@@ -130,10 +133,15 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
         env_vars["DS_ACCELERATOR"] = "cpu"
     return TorchTrainer(
         work,
-        train_loop_config={"plan": plan.to_dict(), "prepared": prepared.to_dict()},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        train_loop_config={
+            "plan": plan.to_dict(),
+            "prepared": prepared.to_dict(),
+            "driver": lock.driver_of(plan.run_dir),
+        },
+        torch_config=TorchConfig(timeout_s=max(COLLECTIVE_TIMEOUT_S, round(longest_s(launch.hang_timeout_s)))),
         scaling_config=ScalingConfig(
-            num_workers=plan.world_size,
+            num_workers=launch.max_workers if launch.min_workers == launch.max_workers else launch.num_workers,
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             use_gpu=plan.device == "cuda",
             resources_per_worker=worker_resources(plan, launch) or None,
         ),
@@ -187,17 +195,20 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         prepared = Prepared.from_dict(settings["prepared"])
-        return {"summary": run(plan, prepared, world=world, report=lambda _record: None)}
+        driver = settings["driver"]
+        return {"summary": run(plan, prepared, world=world, report=lambda _record: None, driver=driver)}
     except Interrupted as error:
         return {"interrupted": str(error)}
     except Exception as error:
-        if fatal := deterministic(error):
+        if (fatal := deterministic(error)) and lock.driver_of(run_dir.path) == settings["driver"]:
             write_fatal(run_dir, fatal)
         raise
 
 
 def deterministic(error: Exception) -> BurnishError | None:
     """The error to end the attempt with, if a restart would meet it again; None if a restart may cure it."""
+    if isinstance(error, SupersededError):
+        return None
     if isinstance(error, BurnishError):
         return error
     return backoff.explained(error, phase="load", step=0) if backoff.found_no_memory(error) else None
