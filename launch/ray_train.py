@@ -28,6 +28,7 @@ from .attempts import killed
 from .failures import fatal_error, first_line, raise_fatal, write_fatal, write_traceback
 from .processes import oom_kills
 from .ray_cluster import check_capacity, cluster, cluster_resources
+from .resources import worker_resources
 from .tail import Tail
 
 if TYPE_CHECKING:
@@ -115,15 +116,11 @@ def session(plan: Plan, resources: Resources) -> Iterator[Session]:
     launch = plan.config.launch
     assert isinstance(launch, Ray), launch
     with cluster(launch, resources):
-        check_capacity(launch, worker_resources(plan, launch))
+        check_capacity(launch, worker_resources(launch, plan.device))
         try:
             yield Session(plan, launch)
         finally:
             shutil.rmtree(RunDir(plan.run_dir).path / STORAGE, ignore_errors=True)
-
-
-def worker_resources(plan: Plan, launch: Ray) -> dict[str, float]:
-    return {"GPU": 1.0} | launch.resources_per_worker if plan.device == "cuda" else launch.resources_per_worker
 
 
 def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
@@ -143,7 +140,7 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             num_workers=launch.max_workers if launch.min_workers == launch.max_workers else launch.num_workers,
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             use_gpu=plan.device == "cuda",
-            resources_per_worker=worker_resources(plan, launch) or None,
+            resources_per_worker=worker_resources(launch, plan.device),
         ),
         run_config=RunConfig(
             name="train",

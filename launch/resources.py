@@ -9,6 +9,7 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from ..harness.config_hardware import Ray
 from ..harness.offload import missing_tools
 from ..harness.plan import Resources
 
@@ -33,6 +34,11 @@ def detect() -> Resources:
         device_memory_bytes=min((size for _, size in gpus), default=0),
         device_name=gpus[0][0] if gpus else "",
     )
+
+
+def worker_resources(launch: Ray, device: str) -> dict[str, float]:
+    """What one worker reserves on a Ray node."""
+    return {"GPU": 1.0} | launch.resources_per_worker if device == "cuda" else launch.resources_per_worker or {"CPU": 1.0}
 
 
 def has_gpu_driver() -> bool:
