@@ -1,7 +1,7 @@
 """What a run's plan is made from: the model's profile, this hardware's calibration, and the resources asked about."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from ..harness.run_dir import run_path
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """Taken off a GPU's memory where it is only asked about: the context and libraries of a process. An assumption."""
+KIND = "accelerator_type:"
+"""Begins the name of the resource in which Ray keeps the kind of a node's GPUs."""
 MAX_CHARS = 120
 
 
@@ -46,6 +48,27 @@ class Hardware:
     @property
     def is_asked(self) -> bool:
         return self != Hardware()
+
+
+def of_nodes(nodes: Sequence[Mapping[str, float]]) -> Resources:
+    """The resources of a cluster from those of each node as Ray counts them; the least memory of any.
+
+    Ray tells what kind of GPU a node has, not its memory: that is from burnish's table, 0 for a kind not in it.
+    """
+    nodes = [node for node in nodes if node.get("CPU")]
+    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    kinds = sorted({key.removeprefix(KIND) for node in nodes for key in node if key.startswith(KIND)})
+    cards = [find_card(kind) for kind in kinds]
+    known = [int(card.memory_bytes) - CUDA_CONTEXT_BYTES for card in cards if card is not None]
+    return Resources(
+        device="cuda" if num_gpus else "cpu",
+        num_devices=num_gpus,
+        num_cpus=int(sum(node["CPU"] for node in nodes)),
+        host_memory_bytes=int(min((node.get("memory", 0) for node in nodes), default=0)),
+        device_memory_bytes=min(known) if num_gpus and known and len(known) == len(kinds) else 0,
+        device_name=kinds[0] if kinds else "",
+        num_nodes=max(1, len(nodes)),
+    )
 
 
 def supposed(here: Resources, hardware: Hardware) -> Resources:
@@ -85,7 +108,10 @@ def planned(config: Config, resources: Resources, *, before: Plan | None = None)
     cwd = os.getcwd()
     run_dir = str(run_path(Path(cwd) / config.runs_dir, config.name))
     plan = make_plan(config, resources, run_dir=run_dir, cwd=cwd)
-    profile, notes = _profile(config)
+    if plan.device == "cuda" and not resources.device_memory_bytes and config.memory.budget == "auto":
+        profile, notes = None, [Decision("memory", "not predicted", "the GPUs' memory is not known; give memory.budget")]
+    else:
+        profile, notes = _profile(config)
     calibration, note = calibrations.read(calibrations.hardware_name(plan.device, resources.device_name), plan.device)
     notes += [Decision("calibration", "not used", note)] if note else []
     if profile is None:
