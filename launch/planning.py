@@ -51,11 +51,11 @@ class Hardware:
 
 
 def of_nodes(nodes: Sequence[Mapping[str, float]]) -> Resources:
-    """The resources of a cluster from those of each node as Ray counts them; the least memory of any.
+    """The resources of a cluster from those of each node as Ray counts them: of nodes with GPUs where there are any.
 
     Ray tells what kind of GPU a node has, not its memory: that is from burnish's table, 0 for a kind not in it.
     """
-    nodes = [node for node in nodes if node.get("CPU")]
+    nodes = [node for node in nodes if node.get("GPU")] or [node for node in nodes if node.get("CPU")]
     num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     kinds = sorted({key.removeprefix(KIND) for node in nodes for key in node if key.startswith(KIND)})
     cards = [find_card(kind) for kind in kinds]
@@ -63,7 +63,7 @@ def of_nodes(nodes: Sequence[Mapping[str, float]]) -> Resources:
     return Resources(
         device="cuda" if num_gpus else "cpu",
         num_devices=num_gpus,
-        num_cpus=int(sum(node["CPU"] for node in nodes)),
+        num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
         host_memory_bytes=int(min((node.get("memory", 0) for node in nodes), default=0)),
         device_memory_bytes=min(known) if num_gpus and known and len(known) == len(kinds) else 0,
         device_name=kinds[0] if kinds else "",
