@@ -295,8 +295,9 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    every_steps: Positive | None = None
-    """Steps between checkpoints; empty = only at the end and on interruption."""
+    every_steps: Literal["auto"] | Positive | None = "auto"
+    """Steps between checkpoints; auto = by what saving takes and how often so many machines fail, half an hour at most;
+    empty = only at the end and on interruption."""
     keep: Positive = 2
 
 

@@ -79,6 +79,12 @@ class Engine(Protocol):
         """Releases what can be released; the engine is of no use afterwards."""
 
 
+def shared_number(engine: Engine, world: World, number: float) -> float:
+    """Rank 0's number, on every rank. Collective."""
+    [found] = engine.all_reduce_sum(torch.tensor([number if world.rank == 0 else 0.0], dtype=torch.float64))
+    return float(found)
+
+
 def make_engine(plan: Plan, model: torch.nn.Module, world: World) -> Engine:
     """The plan's engine around the model, which is moved to the device and cast to `model.dtype` in place."""
     if plan.engine == "deepspeed":

@@ -5,6 +5,7 @@ from (an interrupted run, or a worker that died a moment ago).
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import backoff, checkpoint, export, lock, models, offload
+from . import backoff, checkpoint, export, interval, lock, models, offload
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .data.loader import Loader, eval_batches
 from .data.prepare import Prepared
@@ -25,7 +26,7 @@ from .data.sampler import Sampler
 from .data.store import Store
 from .detectors import Notices
 from .elastic import plan_for
-from .engine import Engine, World, make_engine
+from .engine import Engine, World, make_engine, shared_number
 from .errors import Interrupted, SupersededError
 from .evaluate import evaluate
 from .faults import arm_from_environment
@@ -220,8 +221,7 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, posi
 def _attempt(plan: Plan, world: World, engine: Engine, *, driver: int) -> int:
     """The number that rank 0 takes from the fence, on every rank. Collective."""
     number = lock.fence(plan.run_dir, driver=driver) if world.rank == 0 else 0
-    [shared] = engine.all_reduce_sum(torch.tensor([float(number)], dtype=torch.float64))
-    return int(shared)
+    return int(shared_number(engine, world, number))
 
 
 def _restore(job: Job) -> int:
@@ -259,6 +259,8 @@ def _identity(job: Job) -> dict[str, Any]:
 def _train(job: Job, first_step: int) -> int:
     config, total = job.plan.config, job.sampler.total_steps
     saved_step = first_step
+    share = functools.partial(shared_number, job.engine, job.world)
+    saves = interval.of_run(job.plan, job.world, first_step=first_step, share=share, tell=job.emit)
     losses = job.metrics.losses() if job.is_first else []
     notices = Notices(job.emit, losses=losses, num_ranks=job.world.size)
 
@@ -274,9 +276,9 @@ def _train(job: Job, first_step: int) -> int:
             job.log(step.record() | extra | {"tokens_per_s": step.tokens / step.time_s})
         if config.eval.every_steps and done % config.eval.every_steps == 0 and done < total:
             _evaluate(job, "validation", step=done)
-        is_due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
+        is_due = saves.is_due(done)
         if is_due or step.is_stop_requested or done == total:
-            _save(job, done)
+            saves.saved(done, _save(job, done))
             saved_step = done
 
     done = train(
@@ -296,7 +298,8 @@ def _train(job: Job, first_step: int) -> int:
     return done
 
 
-def _save(job: Job, step: int) -> None:
+def _save(job: Job, step: int) -> float:
+    """Returns the seconds that it took."""
     start = time.perf_counter()
     with job.during("save"):
         path = checkpoint.save(
@@ -310,7 +313,9 @@ def _save(job: Job, step: int) -> None:
             attempt=job.attempt,
             may_commit=job.may_write,
         )
-    job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time.perf_counter() - start})
+    time_s = time.perf_counter() - start
+    job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time_s})
+    return time_s
 
 
 def _eval_batches(job: Job, store_dir: str, *, rank: int, world_size: int, max_examples: int | None) -> Any:
