@@ -29,9 +29,9 @@ IMPORTERS = {
 TORCH_FREE = (
     *("harness.errors", "harness.config", "harness.config_io", "harness.plan", "harness.memory", "harness.paths"),
     *("harness.run_dir", "harness.summary", "harness.report"),
-    *("harness.planner", "harness.calibration", "harness.interval", "launch.planning", "launch.plan_text", "launch.verification"),
+    *("harness.planner", "harness.calibration", "launch.planning", "launch.plan_text", "launch.verification"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
-    "launch.manifest",
+    *("harness.interval", "launch.manifest"),
     *(
         "launch.bench",
         "bench.modes",
