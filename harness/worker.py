@@ -31,6 +31,7 @@ from .errors import Interrupted, SupersededError
 from .evaluate import evaluate
 from .faults import arm_from_environment
 from .generate import generate
+from .identity import identity
 from .loop import StepReport, pace_of, train
 from .metrics import MetricsWriter, memory_bytes
 from .plan import Plan
@@ -105,8 +106,9 @@ class Job:
 def run(plan: Plan, prepared: Prepared, *, world: World, report: Report, driver: int = 0) -> dict[str, Any]:
     """Trains to the end of the plan and returns the summary of rank 0. `driver` is the number of who started it.
 
-    Raises SupersededError when a later attempt has taken over the run directory, Interrupted when the stop file asked for an early end (a checkpoint is written first), TrainingError when
-    training or the proof of the saved weights fails, OutOfMemory once all that this rank held is released.
+    Raises Interrupted when the stop file asked for an early end (a checkpoint is written first), TrainingError when
+    training or the proof of the saved weights fails, OutOfMemory once all that this rank held is released,
+    SupersededError when a later attempt has taken over the run directory.
     """
     plan = plan_for(plan, world.size)
     set_up_process(plan, world)
@@ -246,14 +248,12 @@ def _restore(job: Job) -> int:
 
 def _identity(job: Job) -> dict[str, Any]:
     """What must not differ between the run that saved a checkpoint and the run that resumes it."""
-    return {
-        "data": Store(job.prepared.train).manifest["content_hash"],
-        "model": job.plan.config.model.model_dump(mode="json"),
-        "adapter": job.plan.config.adapter.model_dump(mode="json"),
-        "optimizer": job.plan.config.optimizer.name,
-        "global_batch_size": job.plan.config.train.global_batch_size,
-        "seed": job.plan.config.seed,
-    }
+    return identity(
+        job.plan,
+        train_store=job.prepared.train,
+        base_fingerprint=unwrap(job.engine.model).base_fingerprint,
+        processor=job.processor,
+    )
 
 
 def _train(job: Job, first_step: int) -> int:
