@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .config import Config
 from .config_io import with_values
+from .elastic import micro_batches
 from .errors import BurnishError, ConfigError, InfeasibleError, OutOfMemory
 from .plan import Decision, Plan
 
@@ -131,8 +132,9 @@ def changes(plan: Plan, *, asked: Config, phase: str) -> Iterator[Change]:
         if phase == "evaluation" and own is not None and (now := plan.config.eval.micro_batch_size or own) > 1:
             yield Change({"eval.micro_batch_size": now}, {"eval.micro_batch_size": now // 2})
         if plan.micro_batch_size > 1:
-            share = plan.micro_batch_size * plan.gradient_accumulation_steps
-            less = divisor(share, at_most=plan.micro_batch_size // 2)
+            share, rest = divmod(plan.config.train.global_batch_size, plan.world_size)
+            whole = plan.config.train.global_batch_size if rest else share
+            less = divisor(whole, at_most=plan.micro_batch_size // 2)
             yield Change({"train.micro_batch_size": plan.micro_batch_size}, {"train.micro_batch_size": less})
     values = decided(plan)
     for settings in lower(plan, asked=asked, phase=phase):
@@ -195,10 +197,10 @@ def kept(config: Config, *, before: Config, events: Sequence[Mapping[str, Any]])
     """
     found = next((one.get("given_up") for one in reversed(events) if one.get("event") == EVENT), None)
     settings = {key: value for key, value in (found or {}).items() if _get(config, key) == _get(before, key)}
-    num_workers = getattr(config.launch, "num_workers", 1)
-    share, remainder = divmod(config.train.global_batch_size, num_workers)
-    if "train.micro_batch_size" in settings and not remainder:
-        settings["train.micro_batch_size"] = divisor(share, at_most=settings["train.micro_batch_size"])
+    if "train.micro_batch_size" in settings:
+        valid = micro_batches(config.train.global_batch_size, getattr(config.launch, "max_workers", 1))
+        fitting = [n for n in valid if n <= settings["train.micro_batch_size"]]
+        settings["train.micro_batch_size"] = max(fitting, default=1)
     return settings
 
 

@@ -15,8 +15,9 @@ from .config import Config
 from .config_checks import impossible_combinations
 from .cost import Cost, estimate
 from .devices import Speeds, speeds_of
+from .elastic import is_elastic, micro_batches, smallest
 from .memory import Prediction, predict
-from .plan import Plan, Resources, make_plan
+from .plan import Plan, Resources, make_plan, workers_per_node
 from .profile_numbers import Profile
 
 SETTINGS = {
@@ -116,7 +117,9 @@ def survey(
     candidates = []
     for filled in filled_configs(config, default, resources):
         plan = make_plan(filled, resources, run_dir=run_dir, cwd=cwd)
-        prediction = predict(plan, profile, calibration)
+        # Of an elastic run, the smallest group holds the most on each worker.
+        sizes = (plan, smallest(plan)) if is_elastic(config) else (plan,)
+        prediction = max((predict(one, profile, calibration) for one in sizes), key=lambda one: one.peak_bytes)
         cost = estimate(plan, profile, speeds)
         candidates.append(Candidate(plan, prediction, cost, over=_over(prediction, limits)))
     kept = _as_before(candidates, default, before)
@@ -125,7 +128,7 @@ def survey(
 
 def limits_of(plan: Plan, resources: Resources, calibration: Calibration | None = None) -> Limits:
     """Of one worker: memory.budget or the device's memory, its part of the host's and of the disk, less the margin."""
-    workers = -(-plan.world_size // resources.num_nodes)
+    workers = workers_per_node(plan, resources)
     keep = 1 - MARGIN[plan.device]
     budget = plan.config.memory.budget
     baseline = BASELINE_BYTES[plan.device]
@@ -192,13 +195,13 @@ def _is_sensible(settings: Mapping[str, Any], config: Config, default: Plan) -> 
 def _micro_batches(config: Config, default: Plan) -> list[int]:
     if config.train.micro_batch_size != "auto":
         return [default.micro_batch_size]
-    share = config.train.global_batch_size // default.world_size
-    found = [n for n in range(min(share, MAX_MICRO_BATCH), 0, -1) if share % n == 0]
+    valid = micro_batches(config.train.global_batch_size, default.world_size)
+    found = [n for n in valid if n <= MAX_MICRO_BATCH]
     return sorted(found, key=lambda n: (n != default.micro_batch_size, -n))
 
 
 def _speeds(plan: Plan, resources: Resources, calibration: Calibration | None) -> Speeds:
-    workers = -(-plan.world_size // resources.num_nodes)
+    workers = workers_per_node(plan, resources)
     speeds = speeds_of(plan.device, name=resources.device_name, num_threads=plan.num_threads, workers_per_node=workers)
     if calibration is None or calibration.flops_per_s is None:
         return speeds
@@ -217,7 +220,9 @@ def _over(prediction: Prediction, limits: Limits) -> dict[str, int]:
 
 def _as_before(candidates: list[Candidate], default: Plan, before: Plan | None) -> Candidate | None:
     """The candidate with the settings of an earlier plan for as many workers, if it fits."""
-    if before is None or before.world_size != default.world_size or before.device != default.device:
+    if before is None or before.device != default.device:
+        return None
+    if before.world_size != default.world_size and not is_elastic(default.config):
         return None
     wanted = {name: getattr(before, name) for name in SETTINGS}
     return next((one for one in candidates if one.fits and one.settings == wanted), None)

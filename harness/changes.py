@@ -170,7 +170,7 @@ class _Known:
         if not _devices(self.config, have):
             return None
         per_node = max(1, have.num_devices // have.num_nodes)
-        workers = getattr(self.config.launch, "num_workers", 1)
+        workers = getattr(self.config.launch, "max_workers", 1)
         while (workers := 2 * workers) <= MAX_WORKERS:
             nodes = max(have.num_nodes, -(-workers // per_node))
             more = replace(have, num_devices=nodes * per_node, num_cpus=nodes * have.num_cpus, num_nodes=nodes)
@@ -240,6 +240,6 @@ def _devices(config: Config, resources: Resources) -> int:
 
 def _more_workers(config: Config, resources: Resources, *, have: int) -> Iterator[Change]:
     """Workers on GPUs that are there and idle: twice as many, four times as many, and so on."""
-    workers = getattr(config.launch, "num_workers", 1)
+    workers = getattr(config.launch, "max_workers", 1)
     while (workers := 2 * workers) <= min(have, MAX_WORKERS):
         yield Change({"launch.type": "ray", "launch.num_workers": workers}, resources)

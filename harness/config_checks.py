@@ -106,6 +106,13 @@ def _nesterov(config: "Config") -> str | None:
     return None
 
 
+def _workers(config: "Config") -> str | None:
+    if config.launch.type == "ray" and config.launch.min_workers > config.launch.max_workers:
+        least, most = config.launch.min_workers, config.launch.max_workers
+        return f"launch.num_workers: [{least}, {most}] is [min, max], the smaller number first; use [{most}, {least}]"
+    return None
+
+
 COMBINATIONS = (
     _quantization,
     _packing,
@@ -116,6 +123,7 @@ COMBINATIONS = (
     _warmup,
     _wsd,
     _nesterov,
+    _workers,
 )
 
 

@@ -34,15 +34,30 @@ class Inline(Section):
     type: Literal["inline"] = "inline"
 
 
+NumWorkers = Annotated[int, Field(gt=0, le=100_000)]
+Range = Annotated[tuple[NumWorkers, NumWorkers], Field(strict=False)]
+
+
 class Ray(Section):
     type: Literal["ray"]
     address: Line | None = None
     """Address of an existing cluster; empty = start one on this machine for this run."""
-    num_workers: Annotated[int, Field(gt=0, le=100_000)] = 1
+    num_workers: NumWorkers | Range = 1
+    """One process per device; [min, max] = as many of them as the cluster has room for, while it runs."""
     resources_per_worker: dict[Line, Annotated[float, Field(ge=0.001, le=1e6)]] = Field(default={})
     use_gpu: Literal["auto"] | bool = "auto"
     max_failures: NotNegative = 0
     """Restarts from the newest checkpoint after a worker dies."""
+    hang_timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 300.0
+    """A rank that makes no progress for so long ends its attempt; evaluation, saving and the like have longer."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 Launch = Annotated[Inline | Ray, Field(discriminator="type")]

@@ -1,8 +1,35 @@
-"""Fault injection: `faultpoint(name)` marks a place where a test may break the program. Inert in normal runs."""
+"""Fault injection: `faultpoint(name)` marks a place where a test may break the program. Inert in normal runs.
 
+A test arms a point in its own process, or those of other processes by the environment (`arm_from_environment`):
+
+    BURNISH_FAULTS='[{"rank": 1, "step": 7, "point": "step", "action": "kill", "once": "/path/to/marker"}]'
+
+`step` counts from 1: the point "step" is reached before that step, the points "save.*" in a save after it; without it
+every step is meant. `once` is a file that the fault makes, and where it is there already nothing happens. "sleep" takes
+`seconds`; "nan" makes the losses of this rank's next step NaN.
+"""
+
+import json
+import os
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "BURNISH_FAULTS"
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "stop": signal.SIGSTOP,
+    "segv": signal.SIGSEGV,
+    "abrt": signal.SIGABRT,
+}
+EXIT_CODE = 70
 
 _armed: dict[str, Callable[[], None]] = {}
+_position = {"step": 0}
+_poisoned: set[int] = set()
 
 
 def arm(name: str, action: Callable[[], None]) -> None:
@@ -13,10 +40,62 @@ def arm(name: str, action: Callable[[], None]) -> None:
 def disarm() -> None:
     """Makes every fault point inert again."""
     _armed.clear()
+    _poisoned.clear()
 
 
-def faultpoint(name: str) -> None:
-    """Does nothing unless a test armed this name."""
+def faultpoint(name: str, *, step: int | None = None) -> None:
+    """Does nothing unless a test armed this name. `step` is the step (from 1) that is about to be taken."""
+    if step is not None:
+        _position["step"] = step
     action = _armed.get(name)
     if action is not None:
         action()
+
+
+def is_poisoned() -> bool:
+    """Whether a fault wants the losses of the step at hand to be NaN."""
+    return _position["step"] in _poisoned
+
+
+def arm_from_environment(rank: int) -> None:
+    """Arms what BURNISH_FAULTS has for this rank; nothing without the variable. Called once by a worker."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return
+    by_point: dict[str, list[dict[str, Any]]] = {}
+    for fault in json.loads(text):
+        if fault.get("rank", rank) == rank:
+            by_point.setdefault(fault["point"], []).append(fault)
+    for point, faults in by_point.items():
+        arm(point, lambda faults=faults: _strike(faults))  # type: ignore[misc]
+
+
+def _strike(faults: list[dict[str, Any]]) -> None:
+    for fault in faults:
+        if fault.get("step", _position["step"]) == _position["step"] and _is_first(fault.get("once")):
+            _act(fault)
+
+
+def _is_first(marker: str | None) -> bool:
+    """Makes the marker, whose modification time is that of the fault; False if it is there already."""
+    if marker is None:
+        return True
+    try:
+        Path(marker).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _act(fault: dict[str, Any]) -> None:
+    action = fault["action"]
+    if action == "sleep":
+        time.sleep(fault["seconds"])
+    elif action == "nan":
+        _poisoned.add(_position["step"])
+    elif action == "raise":
+        raise RuntimeError(f"injected at {fault['point']}")
+    elif action == "exit":
+        os._exit(EXIT_CODE)
+    else:
+        os.kill(os.getpid(), SIGNALS[action])

@@ -8,7 +8,7 @@ seeded per micro-batch from (seed, step, number of the micro-batch in the global
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,42 @@ import torch
 
 from .config import Config
 from .data.loader import Loader, StepBatch
-from .engine import Engine
+from .engine import Engine, World
 from .errors import TrainingError
-from .faults import faultpoint
+from .faults import faultpoint, is_poisoned
 from .schedule import learning_rate
 from .tasks import Task
 
 MAX_SKIPPED_IN_A_ROW = 5
+MAX_SKIPPED_SHARE = 0.01
+"""Of all steps of the run; MAX_SKIPPED_IN_A_ROW steps are always allowed."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Where ranks compare how long each works without waiting for others: until its first forward pass has ended.
+
+    Under ZeRO-3 a forward pass waits for the others' weights, so only what comes before it counts.
+    """
+
+    rank: int
+    world_size: int
+    device: str
+    has_own_forward: bool
+
+
+def pace_of(world: World, *, zero_stage: int) -> Pace | None:
+    """Ranks compare where there are several."""
+    return Pace(world.rank, world.size, world.device, has_own_forward=zero_stage < 3) if world.size > 1 else None
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did. `loss` is the mean over the global batch's supervised targets."""
+    """What one optimizer step did. `loss` is the mean over the global batch's supervised targets.
+
+    `busy_s` and `elements` have one number for each rank where the step was given a Pace: how long it worked without
+    waiting for others, and for how large a micro-batch. `num_skipped` counts the run's skipped steps up to this one.
+    """
 
     step: int
     loss: float
@@ -37,6 +61,9 @@ class StepReport:
     time_s: float
     skipped: bool
     is_stop_requested: bool
+    busy_s: tuple[float, ...] = ()
+    elements: tuple[float, ...] = ()
+    num_skipped: int = 0
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl; steps count from 1 there (steps done)."""
@@ -50,30 +77,77 @@ def seed_micro_batch(seed: int, step: int, cell: int) -> None:
 
 
 def train_step(
-    engine: Engine, task: Task, config: Config, *, batch: StepBatch, step: int, lr: float, is_stopping: bool
+    engine: Engine,
+    task: Task,
+    config: Config,
+    *,
+    batch: StepBatch,
+    step: int,
+    lr: float,
+    is_stopping: bool,
+    pace: Pace | None = None,
+    began: float | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> StepReport:
-    """One optimizer step over this rank's micro-batches. Collective: every rank calls it with the same step."""
+    """One optimizer step over this rank's micro-batches. Collective: every rank calls it with the same step.
+
+    The gradient of a loss that is not finite is made not finite, so that every rank skips the step. `began` is when
+    this rank began to work for the step, of time.perf_counter; `progress` is called before every micro-batch.
+    """
     start = time.perf_counter()
     loss_sum = torch.zeros((), dtype=torch.float64)
     last = len(batch.micro_batches) - 1
+    busy_s = 0.0
     for i, (cell, micro) in enumerate(zip(batch.cells, batch.micro_batches, strict=True)):
+        progress()
         seed_micro_batch(config.seed, step, cell)
         faultpoint("step.micro_batch")
+        if i == 0 and pace is not None and not pace.has_own_forward:
+            busy_s = _since(start if began is None else began, pace)
         loss = task.loss(engine.module, micro, config) / batch.num_supervised
-        engine.backward(loss, is_last=i == last)
+        if i == 0 and pace is not None and pace.has_own_forward:
+            busy_s = _since(start if began is None else began, pace)
+        if is_poisoned():
+            loss = loss * math.nan
+        engine.backward(loss * one_or_nan(loss), is_last=i == last)
         loss_sum += loss.detach().double().cpu()
     result = engine.step(lr)
-    total, stops = engine.all_reduce_sum(torch.tensor([float(loss_sum), float(is_stopping)], dtype=torch.float64))
+    values = torch.tensor([float(loss_sum), float(is_stopping), *_own(pace, busy_s, batch)], dtype=torch.float64)
+    total, stops, *paces = engine.all_reduce_sum(values).tolist()
     return StepReport(
         step=step,
-        loss=float(total),
+        loss=total,
         lr=lr,
         grad_norm=result.grad_norm,
         tokens=batch.num_tokens,
         time_s=time.perf_counter() - start,
         skipped=result.skipped,
-        is_stop_requested=bool(stops > 0),
+        is_stop_requested=stops > 0,
+        busy_s=tuple(paces[0::2]),
+        elements=tuple(paces[1::2]),
     )
+
+
+def one_or_nan(loss: torch.Tensor) -> torch.Tensor:
+    """1 for a finite loss, else NaN. Without waiting for the device."""
+    return torch.where(torch.isfinite(loss.detach()), 1.0, math.nan).to(loss.dtype)
+
+
+def _since(began: float, pace: Pace) -> float:
+    if pace.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _own(pace: Pace | None, busy_s: float, batch: StepBatch) -> list[float]:
+    """This rank's seconds and elements, and zeros at the places of the others: the sum over ranks has all."""
+    if pace is None:
+        return []
+    first = batch.micro_batches[0].values()
+    elements = max((value.numel() for value in first if isinstance(value, torch.Tensor)), default=0)
+    values = [0.0] * (2 * pace.world_size)
+    values[2 * pace.rank : 2 * pace.rank + 2] = busy_s, float(elements)
+    return values
 
 
 def train(
@@ -86,22 +160,47 @@ def train(
     total_steps: int,
     is_stopping: Callable[[], bool],
     after_step: Callable[[StepReport], None],
+    num_skipped: int = 0,
+    pace: Pace | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> int:
     """Runs steps first_step … total_steps-1 and returns how many are done; fewer when a stop was requested.
 
-    Raises TrainingError after MAX_SKIPPED_IN_A_ROW steps in a row with a non-finite gradient or loss.
+    Raises TrainingError after MAX_SKIPPED_IN_A_ROW steps in a row with a non-finite gradient or loss, and where
+    MAX_SKIPPED_SHARE of the run's steps had one. `num_skipped` is how many had before first_step.
     """
-    skipped_in_a_row = 0
+    in_a_row = 0
     for step in range(first_step, total_steps):
-        lr = learning_rate(config, step, total_steps)
-        report = train_step(engine, task, config, batch=loader.step(step), step=step, lr=lr, is_stopping=is_stopping())
-        skipped_in_a_row = skipped_in_a_row + 1 if report.skipped or not math.isfinite(report.loss) else 0
-        if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"the loss or gradient was not finite in {skipped_in_a_row} steps in a row (up to step {step + 1}); "
-                "lower optimizer.learning_rate, set train.max_grad_norm, or look for broken rows with `burnish data`"
-            )
-        after_step(report)
+        progress()
+        began = time.perf_counter()
+        faultpoint("step", step=step + 1)
+        report = train_step(
+            engine,
+            task,
+            config,
+            batch=loader.step(step),
+            step=step,
+            lr=learning_rate(config, step, total_steps),
+            is_stopping=is_stopping(),
+            pace=pace,
+            began=began,
+            progress=progress,
+        )
+        is_broken = report.skipped or not math.isfinite(report.loss)
+        in_a_row, num_skipped = (in_a_row + 1, num_skipped + 1) if is_broken else (0, num_skipped)
+        _check_skipped(step, in_a_row, num_skipped, total_steps)
+        after_step(replace(report, num_skipped=num_skipped))
         if report.is_stop_requested:
             return step + 1
     return total_steps
+
+
+def _check_skipped(step: int, in_a_row: int, num_skipped: int, total_steps: int) -> None:
+    most = max(MAX_SKIPPED_IN_A_ROW, int(MAX_SKIPPED_SHARE * total_steps))
+    if in_a_row < MAX_SKIPPED_IN_A_ROW and num_skipped <= most:
+        return
+    how_often = f"{in_a_row} steps in a row" if in_a_row >= MAX_SKIPPED_IN_A_ROW else f"{num_skipped} steps"
+    raise TrainingError(
+        f"the loss or gradient was not finite in {how_often} (up to step {step + 1} of {total_steps}); "
+        "lower optimizer.learning_rate, set train.max_grad_norm, or look for broken rows with `burnish data`"
+    )

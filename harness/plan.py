@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from .config import Config
 from .config_checks import needs_gpu
+from .elastic import accumulation, is_elastic, micro_batch
 from .errors import ConfigError, InfeasibleError
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -95,7 +96,7 @@ def make_plan(config: Config, resources: Resources, *, run_dir: str, cwd: str) -
         offload_param=_given(config.memory.offload_param, "none"),
         activation_checkpointing=_activation_checkpointing(config, device, decisions),
         offload_activations=_given(config.memory.offload_activations, False),
-        num_threads=_threads(config, resources, world_size, decisions),
+        num_threads=_threads(config, resources, _per_node(config, resources, world_size, device), decisions),
         decisions=tuple(decisions),
     )
 
@@ -110,21 +111,45 @@ def _world(config: Config, resources: Resources, decisions: list[Decision]) -> t
         raise InfeasibleError("launch.use_gpu is true but no GPU is visible; set it to false or run on a GPU machine")
     have = resources.num_devices if use_gpu else resources.num_cpus
     per_worker = launch.resources_per_worker.get("GPU" if use_gpu else "CPU", 1.0)
-    if launch.num_workers * per_worker > have:
+    least, most = launch.min_workers, launch.max_workers
+    if least * per_worker > have:
         kind = "GPUs" if use_gpu else "CPU cores"
         if per_worker > have:
             raise InfeasibleError(f"one worker asks for {per_worker:g} {kind}, and there are {have}; ask for less")
         raise InfeasibleError(
-            f"launch.num_workers={launch.num_workers} at {per_worker:g} {kind} each needs "
-            f"{launch.num_workers * per_worker:g}, and there are {have}; use at most {int(have // per_worker)} workers"
+            f"launch.num_workers={least} at {per_worker:g} {kind} each needs "
+            f"{least * per_worker:g}, and there are {have}; use at most {int(have // per_worker)} workers"
         )
-    decisions.append(Decision("world_size", str(launch.num_workers), "launch.num_workers"))
-    return launch.num_workers, "cuda" if use_gpu else "cpu"
+    room = min(most, int(have // per_worker))
+    why = "launch.num_workers" if least == most else f"the most of launch.num_workers; there is room for {room}"
+    decisions.append(Decision("world_size", str(most), why))
+    return most, "cuda" if use_gpu else "cpu"
+
+
+def workers_per_node(plan: "Plan", resources: Resources) -> int:
+    """The most workers that a node has at a time, without those of an elastic run that there is no room for yet."""
+    return _per_node(plan.config, resources, plan.world_size, plan.device)
+
+
+def _per_node(config: Config, resources: Resources, world_size: int, device: str) -> int:
+    if is_elastic(config) and config.launch.type == "ray":
+        have, name = (resources.num_devices, "GPU") if device == "cuda" else (resources.num_cpus, "CPU")
+        per_worker = config.launch.resources_per_worker.get(name, 1.0)
+        world_size = max(config.launch.min_workers, min(world_size, int(have // per_worker)))
+    return -(-world_size // resources.num_nodes)
 
 
 def _batch(config: Config, world_size: int, decisions: list[Decision]) -> tuple[int, int]:
-    """Micro-batch and accumulation: micro * accumulation * world_size = global_batch_size."""
+    """Micro-batch and accumulation: micro * accumulation * world_size = global_batch_size (at least, if elastic)."""
     total, wanted = config.train.global_batch_size, config.train.micro_batch_size
+    if is_elastic(config):
+        micro = micro_batch(total, wanted, world_size)
+        steps = accumulation(total, micro, world_size)
+        if wanted == "auto":
+            decisions.append(Decision("micro_batch_size", str(micro), "largest up to 8 with work for every worker"))
+        why = f"{total // micro} micro-batches of {micro} on {world_size} workers, more each on fewer"
+        decisions.append(Decision("gradient_accumulation_steps", str(steps), why))
+        return micro, steps
     if total % world_size:
         below = total // world_size * world_size
         nearest = f"{below} or {below + world_size}" if below else str(world_size)
@@ -182,10 +207,9 @@ def _activation_checkpointing(
     return "none"
 
 
-def _threads(config: Config, resources: Resources, world_size: int, decisions: list[Decision]) -> int:
+def _threads(config: Config, resources: Resources, per_node: int, decisions: list[Decision]) -> int:
     if config.train.num_threads is not None:
         return config.train.num_threads
-    per_node = -(-world_size // resources.num_nodes)
     cores = max(1, resources.num_cpus // resources.num_nodes)
     threads = max(1, cores // per_node)
     decisions.append(Decision("num_threads", str(threads), f"{cores} cores / {per_node} workers a node"))

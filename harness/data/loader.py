@@ -2,7 +2,8 @@
 
 The G indices of a step are cut into G/micro cells by token length alone. Padded: neighbours in length share a cell, so
 little is padded. Packed: every cell gets about the same number of tokens. Rank r takes the cells a*world_size + r;
-neighbouring cells are of similar length, so ranks wait little for each other.
+neighbouring cells are of similar length, so ranks wait little for each other. Where they do not come out even, the last
+ones are empty: one short example with its targets switched off.
 """
 
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ class Loader:
         rank: int,
     ) -> None:
         total = sampler.global_batch_size
-        assert total % (micro_batch_size * world_size) == 0, (total, micro_batch_size, world_size)
+        assert total % micro_batch_size == 0, (total, micro_batch_size)
         self.store, self.sampler, self.task, self.processor, self.config = store, sampler, task, processor, config
         self.micro_batch_size, self.world_size, self.rank = micro_batch_size, world_size, rank
 
@@ -81,6 +82,7 @@ class Loader:
         cells = cut_cells(indices, lengths, micro_batch_size=self.micro_batch_size, packing=packing)
         present = indices[indices != ABSENT]
         filler = _filler(present.tolist(), lengths)
+        cells += [[ABSENT]] * (-len(cells) % self.world_size)
         mine = list(range(self.rank, len(cells), self.world_size))
         parts = (self.store, self.task, self.processor, self.config)
         return StepBatch(
