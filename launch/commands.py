@@ -184,6 +184,16 @@ def bench(options: argparse.Namespace, progress: TextIO) -> Answer:
     return run(options, progress)
 
 
+def _about_jobs(verb: str) -> Callable[[argparse.Namespace, TextIO], Answer]:
+    def run(options: argparse.Namespace, progress: TextIO) -> Answer:
+        from . import job_commands
+
+        found: Answer = getattr(job_commands, verb)(options, progress)
+        return found
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, TextIO], Answer]] = {
     "train": train,
     "plan": plan,
@@ -195,7 +205,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, TextIO], Answer]] = {
     "doctor": doctor,
     "config": config,
     "bench": bench,
-}
+} | {verb: _about_jobs(verb) for verb in ("submit", "jobs", "status", "logs", "stop")}
 
 
 def split_config(arguments: list[str]) -> tuple[list[str], list[str]]:

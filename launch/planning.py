@@ -109,7 +109,8 @@ def planned(config: Config, resources: Resources, *, before: Plan | None = None)
     run_dir = str(run_path(Path(cwd) / config.runs_dir, config.name))
     plan = make_plan(config, resources, run_dir=run_dir, cwd=cwd)
     if plan.device == "cuda" and not resources.device_memory_bytes and config.memory.budget == "auto":
-        profile, notes = None, [Decision("memory", "not predicted", "the GPUs' memory is not known; give memory.budget")]
+        reason = "the memory of the GPUs is not known; give memory.budget"
+        profile, notes = None, [Decision("memory", "not predicted", reason)]
     else:
         profile, notes = _profile(config)
     calibration, note = calibrations.read(calibrations.hardware_name(plan.device, resources.device_name), plan.device)

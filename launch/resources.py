@@ -38,7 +38,8 @@ def detect() -> Resources:
 
 def worker_resources(launch: Ray, device: str) -> dict[str, float]:
     """What one worker reserves on a Ray node."""
-    return {"GPU": 1.0} | launch.resources_per_worker if device == "cuda" else launch.resources_per_worker or {"CPU": 1.0}
+    asked = launch.resources_per_worker
+    return {"GPU": 1.0} | asked if device == "cuda" else asked or {"CPU": 1.0}
 
 
 def has_gpu_driver() -> bool:

@@ -49,6 +49,20 @@ SURFACE = {
         "--docs-only",
         "--json",
     ],
+    "submit": [
+        "CONFIG | section.key=value+",
+        "--address URL",
+        "--follow",
+        "--name ID",
+        "--working-dir DIR",
+        "--no-preflight",
+        "--manifest FIELD=VALUE",
+        "--json",
+    ],
+    "jobs": ["--address URL", "--json"],
+    "status": ["JOB", "--address URL", "--json"],
+    "logs": ["JOB", "--address URL", "--follow", "--json"],
+    "stop": ["JOB", "--address URL", "--json"],
     "config": ["show|schema", "CONFIG | section.key=value*", "--json"],
 }
 """Verbs and options. A change here is a change for users' scripts: note it in the README."""

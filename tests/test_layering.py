@@ -19,7 +19,10 @@ IMPORTERS = {
     "bitsandbytes": {"bench.kernel_peers", "harness.adapters", "harness.bnb", "harness.quantized"},
     "liger_kernel": {"bench.kernel_peers"},
     "deepspeed": {"bench.trainers", "harness.zero"},
-    "ray": {"bench.scale_cluster", "launch.ray_cluster", "launch.ray_train"},
+    "ray": {
+        "bench.scale_cluster",
+        *("launch.jobs", "launch.preflight", "launch.probe", "launch.ray_cluster", "launch.ray_train"),
+    },
     "rich": {"launch.progress"},
     "tensorboard": {"harness.metrics"},
     "trl": {"bench.trainers"},
@@ -30,6 +33,7 @@ TORCH_FREE = (
     *("harness.errors", "harness.config", "harness.config_io", "harness.plan", "harness.memory", "harness.paths"),
     *("harness.run_dir", "harness.summary", "harness.report"),
     *("harness.planner", "harness.calibration", "launch.planning", "launch.plan_text", "launch.verification"),
+    *("launch.job_commands", "launch.job_entry", "launch.staging"),
     *("launch.cli", "launch.commands", "launch.training", "launch.resources", "launch.estimate", "launch.doctor"),
     *("harness.interval", "launch.manifest"),
     *(
