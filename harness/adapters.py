@@ -4,8 +4,10 @@ Only this file imports peft, and (with `bnb`) bitsandbytes' layers. Shape letter
 """
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,11 @@ from .errors import ConfigError, TrainingError
 PEFT_TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "sequence_classification": TaskType.SEQ_CLS}
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OWN_SETTINGS = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"),
+    *("use_rslora", "use_dora", "task_type", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+}
+"""What burnish sets in adapter_config.json; the rest has PEFT's defaults."""
 
 
 def torch_dtype(config: Config) -> torch.dtype:
@@ -290,8 +297,22 @@ def save_adapter_config(model: Any, folder: str) -> None:
         peft_config.inference_mode = was_inference
 
 
+def _check_adapter_config(folder: str) -> None:
+    """Raises ConfigError for settings that burnish does not write: some make PEFT import modules or read files."""
+    file = Path(folder) / "adapter_config.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        usual = LoraConfig().to_dict()
+        strange = sorted(key for key in saved.keys() - OWN_SETTINGS if saved[key] != usual.get(key))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    if strange:
+        raise ConfigError(f"{file} sets {', '.join(strange[:5])[:200]}, which burnish does not write; it is not loaded")
+
+
 def load_adapter(base: nn.Module, folder: str, config: Config) -> nn.Module:
-    """The saved adapter on a freshly loaded base, in the dtype of the model and ready to run."""
+    """The saved adapter on a freshly loaded base, in the dtype of the model and ready to run. Raises ConfigError."""
+    _check_adapter_config(folder)
     model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:

@@ -35,6 +35,8 @@ from .faults import faultpoint
 SHARD_BYTES = 2 * 2**30
 MANIFEST = "MANIFEST.json"
 SPARE_BYTES = 2**20
+FORMAT = 2
+"""Raised when the files of a checkpoint, or what they must agree with on resume, change."""
 MAX_MANIFEST_BYTES = 10 * 2**20
 
 
@@ -106,8 +108,17 @@ def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def load(path: str | Path, rank: int) -> tuple[State, dict[str, Any], dict[str, Any] | None]:
-    """(state, trainer, rng) of a verified checkpoint. `rng` is None for a rank that the saving run did not have."""
-    files = json.loads((Path(path) / MANIFEST).read_text())["files"]
+    """(state, trainer, rng) of a verified checkpoint. `rng` is None for a rank that the saving run did not have.
+
+    Raises ConfigError for the format of another version of burnish.
+    """
+    manifest = json.loads((Path(path) / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise ConfigError(
+            f"cannot resume: {path} has checkpoint format {manifest.get('format')}, this burnish reads {FORMAT}; "
+            "use the version that wrote it, or start again with --fresh"
+        )
+    files = manifest["files"]
     state: State = {}
     for name in sorted(files):
         if name.endswith(".safetensors"):
@@ -217,7 +228,7 @@ def _commit(
     for part in parts:
         files |= json.loads(part.read_text())
         part.unlink()
-    manifest = {"format": 1, "step": step, "world_size": world_size, "files": files}
+    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files}
     (temporary / MANIFEST).write_bytes(_manifest_bytes(manifest))
     _fsync(temporary / MANIFEST)
     _fsync(temporary)

@@ -12,12 +12,17 @@ from pydantic import ValidationError
 from .config import Config
 from .config_errors import dotted, explain, shown, suggestion
 from .errors import ConfigError
+from .redact import redact, secrets_in
 from .strict_yaml import MAX_CHARS, Path, YamlError, dump_yaml, parse_yaml
 
 CHOICES: dict[Path, str] = {
     (name,): str(info.discriminator) for name, info in Config.model_fields.items() if info.discriminator
 }
 """Sections that are a choice -> the key that chooses; another choice replaces the section."""
+NO_SECRETS = (
+    "this holds a secret, which would be written into the run directory; remove it, and leave keys and passwords to the "
+    "environment or to the files that their libraries read (hf auth login, ~/.netrc, ~/.aws)"
+)
 TAGS: dict[Path, str] = CHOICES | {("model", "init"): "model_type"}
 
 
@@ -57,13 +62,15 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> Config:
             _add_override(layers, override)
         except ValueError as error:
             layers.mistakes.append(f"command line: {error}")
+    for path in dict.fromkeys(secrets_in(layers.raw)):
+        layers.mistakes.append(f"{layers.place(path)}{dotted(path)}: {NO_SECRETS}")
     raw = {key: value for key, value in layers.raw.items() if value is not None or key not in Config.model_fields}
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         layers.mistakes += explain(error, raw, config_schema(), layers.place)
     if layers.mistakes:
-        raise ConfigError("\n".join(dict.fromkeys(layers.mistakes)))
+        raise ConfigError(redact("\n".join(dict.fromkeys(layers.mistakes))))
     return config
 
 

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from .mapping import Range, make_header, map_tensor, read_header
-from .pretrained import Origin
+from .pretrained import INDEX, Origin, find_file
 
 logger = logging.getLogger(__name__)
 Parts = dict[str, Tensor]
@@ -64,30 +63,17 @@ def weight_files(origin: Origin, model_config: Any) -> list[str] | None:
     is_unusual = getattr(model_config, "transformers_weights", None) or getattr(type(model_config), "extra_files", ())
     if origin.gguf_file or is_unusual or hasattr(model_config, "quantization_config"):
         return None
-    single = _file(origin, "model.safetensors")
+    single = find_file(origin, "model.safetensors")
     if single is not None:
         return [single]
-    index = _file(origin, "model.safetensors.index.json")
+    index = find_file(origin, INDEX)
     if index is None:
         return None
     names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     if any(os.path.basename(name) != name or not name.endswith(".safetensors") for name in names):
         return None
-    files = [_file(origin, name) for name in names]
+    files = [find_file(origin, name) for name in names]
     return None if None in files else [file for file in files if file is not None]
-
-
-def _file(origin: Origin, name: str) -> str | None:
-    if origin.is_local:
-        path = os.path.join(origin.path, name)
-        return path if os.path.isfile(path) else None
-    return cached_file(
-        origin.path,
-        name,
-        revision=origin.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
 
 
 def load_mapped(files: list[str], load: Callable[..., tuple[Any, dict[str, Any]]], dtype: torch.dtype) -> Dense | None:

@@ -107,7 +107,13 @@ def _attention(config: Config) -> dict[str, Any]:
 
 def _random(config: Config, model_config: Any, *, device: str) -> Any:
     auto = get_task(config.task.type).auto_class()
-    make = partial(auto.from_config, model_config, dtype=adapters.torch_dtype(config), **_attention(config))
+    make = partial(
+        auto.from_config,
+        model_config,
+        dtype=adapters.torch_dtype(config),
+        trust_remote_code=config.model.trust_remote_code,
+        **_attention(config),
+    )
     with explained("model.init", str(model_config.model_type)):
         model = make() if config.quantization.type == "none" else _random_quantized(config, make, device=device)
     model.new_modules = ()
@@ -173,7 +179,7 @@ def _from_files(
     if files is None:
         return None
     state = torch.get_rng_state()
-    load = partial(kind.from_pretrained, None, **_options(config, model_config))
+    load = partial(kind.from_pretrained, None, trust_remote_code=False, **_options(config, model_config))
     dense = load_mapped(files, load, adapters.torch_dtype(config))
     if dense is None:
         torch.set_rng_state(state)
@@ -185,14 +191,18 @@ def _from_files(
 def _from_name(config: Config, origin: Origin, model_config: Any, *, quantization: Any, device: str) -> Dense:
     """The model as transformers finds and reads it; one that is stored quantised stays so."""
     options = _options(config, model_config) | origin.options()
-    options["trust_remote_code"] = config.model.trust_remote_code
     if origin.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif quantization is not None and hasattr(model_config, "quantization_config"):
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     auto = get_task(config.task.type).auto_class()
     with redirect_stderr(io.StringIO()):  # the progress bar of the GGUF reader has no switch
-        model, info = auto.from_pretrained(origin.path, use_safetensors=None if origin.gguf_file else True, **options)
+        model, info = auto.from_pretrained(
+            origin.path,
+            use_safetensors=None if origin.gguf_file else True,
+            trust_remote_code=config.model.trust_remote_code,
+            **options,
+        )
     return Dense(model, info, {})
 
 

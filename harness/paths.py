@@ -13,6 +13,11 @@ PACKAGE = "package:"
 BUILT_IN = re.compile(r"(stdlib|sklearn):\w+")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,95})?")
+PROTOCOLS = (
+    *("file", "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf", "hdfs"),
+    *("ftp", "sftp", "ssh", "smb", "memory"),
+)
+"""What URLs may begin with: file systems that hand out bytes and do nothing else."""
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst", ".yaml", ".yml")
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".jinja")
 
@@ -38,12 +43,16 @@ def resolve_path(path: str, cwd: str = ".") -> str:
     """
     if path.startswith(PACKAGE):
         return _package_file(path)
-    if is_url(path) or BUILT_IN.fullmatch(path):
+    if is_url(path):
+        return _checked_url(path)
+    if BUILT_IN.fullmatch(path):
         return path
     try:
         local = Path(os.path.abspath(Path(cwd) / Path(path).expanduser()))
-        if local.exists() or (has_magic(path) and next(iglob(str(local), recursive=True), None)):
+        if local.is_file() or local.is_dir() or (has_magic(path) and next(iglob(str(local), recursive=True), None)):
             return str(local)
+        if local.exists():
+            raise ConfigError(f"{_short(path)} is a pipe, socket or device; give a file or a folder")
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{_short(path)} cannot be a path: {error}") from None
     if is_hub_id(path):
@@ -52,6 +61,24 @@ def resolve_path(path: str, cwd: str = ".") -> str:
         raise ConfigError(f"{_short(path)}: matches no file")
     siblings = [entry.name for entry in local.parent.iterdir()] if _is_readable_folder(local.parent) else []
     raise ConfigError(f"{_short(path)}: no such file{_did_you_mean(local.name, siblings)}")
+
+
+def _checked_url(url: str) -> str:
+    """Some file systems of fsspec run templates or commands that the URL, or what it points to, holds."""
+    protocol = url.partition("://")[0].lower()
+    if "::" in url:
+        raise ConfigError(f"{_short(url)}: URLs chained with :: are not opened; give the URL of the file itself")
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"{_short(url)}: {protocol}:// is not opened; use {', '.join(PROTOCOLS)}, or a local copy")
+    return url
+
+
+def check_entries(folder: str | Path) -> None:
+    """Raises ConfigError if the folder holds a pipe, socket or device, also behind a link: reading it may never end."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (entry.is_file() or entry.is_dir()) and os.path.exists(entry.path):
+                raise ConfigError(f"{_short(entry.path)} is a pipe, socket or device; remove it")
 
 
 def _package_file(path: str) -> str:

@@ -3,13 +3,14 @@
 Every transformers error that a user can cause becomes one ConfigError sentence here.
 """
 
+import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from transformers.utils import logging as transformers_logging
 from .config import Config
 from .data.format import chat_template
 from .errors import BurnishError, ConfigError, InfeasibleError
-from .paths import is_hub_id, resolve_path
+from .paths import check_entries, is_hub_id, resolve_path
 
 SAFE_SUFFIXES = (".safetensors", ".safetensors.index.json")
+INDEX = f"model{SAFE_SUFFIXES[1]}"
+MAX_INDEX_BYTES = 10 * 2**20
+MAX_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,14 @@ def locate(path: str, *, key: str, revision: str | None = None) -> Origin:
     """Turns model.path or model.tokenizer (`key`) into an Origin. Raises ConfigError."""
     try:
         resolved = resolve_path(path)
+        folder, file = (resolved, "") if os.path.isdir(resolved) else os.path.split(resolved)
+        if os.path.exists(resolved):
+            check_entries(folder)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
     if os.path.isdir(resolved):
         return Origin(resolved)
     if os.path.isfile(resolved):
-        folder, file = os.path.split(resolved)
         if not file.endswith(".gguf"):
             raise ConfigError(
                 f"{key}={path}: of single files only .gguf can be loaded; give the model's folder instead"
@@ -126,9 +132,29 @@ def load_config_of_model(config: Config) -> Any:
     origin = model_origin(config)
     assert origin is not None
     with explained("model.path", origin.name):
-        return AutoConfig.from_pretrained(
+        if origin.is_local and not origin.gguf_file:
+            _check_size(Path(origin.path) / "config.json", MAX_CONFIG_BYTES)
+        found = AutoConfig.from_pretrained(
             origin.path, trust_remote_code=config.model.trust_remote_code, **origin.options()
         )
+    _check_kernels(found, name=origin.name)
+    return found
+
+
+def _check_size(file: Path, most: int) -> None:
+    if file.is_file() and file.stat().st_size > most:
+        raise ConfigError(f"{file} is larger than {most // 2**20} MiB, so it is not read")
+
+
+def _check_kernels(model_config: Any, *, name: str) -> None:
+    """Raises ConfigError where the model's config names code on the hub as its attention."""
+    parts = [model_config, *(getattr(model_config, part, None) for part in getattr(model_config, "sub_configs", {}))]
+    named = [pair for part in parts if part is not None for pair in vars(part).items()]
+    for key, value in named:
+        if "implementation" in key and "/" in str(value):
+            raise ConfigError(
+                f"model.path={name}: its config takes {key} {str(value)[:100]!r} from the hub; such code is never run"
+            )
 
 
 def check_files(origin: Origin, model_config: Any) -> None:
@@ -139,23 +165,29 @@ def check_files(origin: Origin, model_config: Any) -> None:
             f"model.path={origin.name}: config.json names the weights {named!r}; only .safetensors is loaded"
         )
     if not origin.is_local:
+        index = find_file(origin, INDEX)
+        if index is not None:
+            _check_index(Path(index), name=origin.name)
         return
     folder = Path(origin.path)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ConfigError(
             f"model.path={origin.name} is an adapter, not a model; make one with `burnish export RUN --format merged`"
         )
-    for index in folder.glob("*.index.json"):
-        with explained("model.path", str(index)):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        for shard in shards:
-            parts = PurePosixPath(str(shard)).parts
-            if ".." in parts or str(shard).startswith("/") or "\\" in str(shard):
-                raise ConfigError(f"model.path={origin.name}: {index.name} names a file outside the model: {shard!r}")
-            if index.name.endswith(SAFE_SUFFIXES[1]) and not str(shard).endswith(".safetensors"):
-                raise ConfigError(
-                    f"model.path={origin.name}: {index.name} names {shard!r}; only .safetensors is loaded"
-                )
+    for file in folder.glob("*.index.json"):
+        _check_index(file, name=origin.name)
+
+
+def _check_index(index: Path, *, name: str) -> None:
+    """Raises ConfigError for a shard outside the model's folder, and for one that is no safetensors file."""
+    _check_size(index, MAX_INDEX_BYTES)
+    with explained("model.path", str(index)):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for shard in shards:
+        if not str(shard).isprintable() or set(str(shard)) & {"/", "\\"} or str(shard) in ("", ".", ".."):
+            raise ConfigError(f"model.path={name}: {index.name} names a file outside the model: {shard!r}")
+        if index.name.endswith(SAFE_SUFFIXES[1]) and not str(shard).endswith(".safetensors"):
+            raise ConfigError(f"model.path={name}: {index.name} names {shard!r}; only .safetensors is loaded")
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -183,11 +215,28 @@ def load_json_beside_model(config: Config, file: str) -> dict[str, Any] | None:
     if origin is None:
         return None
     with explained("model.path", origin.name):
-        found = cached_file(
-            origin.path,
-            file,
-            revision=origin.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        found = find_file(origin, file)
         return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+
+
+def find_file(origin: Origin, file: str) -> str | None:
+    """Where a file of a model is on this machine, fetched from the hub if need be; None if the model has none."""
+    if origin.is_local:
+        path = os.path.join(origin.path, file)
+        return path if os.path.isfile(path) else None
+    return cached_file(
+        origin.path,
+        file,
+        revision=origin.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def fingerprint_of(processor: Any) -> str:
+    """sha256 of a tokenizer (its tokens, merges and chat template) or of an image processor's settings."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    parts = [backend.to_str(), processor.chat_template] if backend is not None else [processor]
+    if backend is None and hasattr(processor, "get_vocab"):  # a tokenizer written in Python
+        parts = [sorted(processor.get_vocab().items()), processor.chat_template]
+    return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()

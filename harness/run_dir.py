@@ -19,6 +19,7 @@ from .config import Config
 from .config_types import NAME_PATTERN
 from .errors import ConfigError
 from .plan import Plan
+from .redact import redact
 
 LIBRARIES = (
     *("burnish", "torch", "transformers", "peft", "deepspeed", "ray", "bitsandbytes"),
@@ -199,12 +200,12 @@ def read_json(path: str | Path, default: Any = None) -> Any:
 
 
 def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Appends one line in one write. After a torn line (a crash) it starts on a line of its own."""
+    """Appends one line in one write, without secrets. After a torn line (a crash) it starts on a line of its own."""
     with Path(path).open("ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
         is_torn = file.read(1) not in (b"", b"\n")
-        file.write((b"\n" if is_torn else b"") + _dumps(record) + b"\n")
+        file.write((b"\n" if is_torn else b"") + redact(_dumps(record).decode("ascii")).encode() + b"\n")
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..harness import errors
 from ..harness.errors import BurnishError, TrainingError
+from ..harness.redact import redact
 from ..harness.run_dir import RunDir, read_json
 
 KINDS: dict[str, type[BurnishError]] = {
@@ -23,7 +24,8 @@ def fatal_error(kind: str, message: str, **details: Any) -> BurnishError:
 
 def write_fatal(run: RunDir, error: BurnishError) -> None:
     """Leaves the error for the driver and for workers that are started again: a restart would meet it again."""
-    run.write_json(run.fatal_json, {"kind": type(error).__name__, "message": str(error), "details": vars(error)})
+    details = {name: redact(value) if isinstance(value, str) else value for name, value in vars(error).items()}
+    run.write_json(run.fatal_json, {"kind": type(error).__name__, "message": redact(str(error)), "details": details})
 
 
 def raise_fatal(run: RunDir) -> None:
@@ -52,7 +54,7 @@ def write_traceback(error: BaseException, *, folder: Path | None = None) -> Path
         path = Path(name)
         file = os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace")
     with file:
-        file.write("".join(traceback.format_exception(error)))
+        file.write(redact("".join(traceback.format_exception(error))))
     return path
 
 

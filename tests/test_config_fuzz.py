@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 from burnish.harness.config import Config
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from yaml_cases import GOOD, scalars, texts, trees
 
+PLACE = re.compile(r".*fuzz\.yaml(:\d+)?:? |command line: |\S+: ")
+"""Every line of a refusal begins with the file and the line, the command line, or the key that is missing."""
 JARGON = ("Traceback", "type=", "pydantic", "input_value", "function-", "constrained", "literal[", "<class")
 
 
@@ -79,7 +82,12 @@ class Paths:
 def assert_only_clear_errors(paths, text, overrides=()):
     resources = Resources(device="cpu", num_devices=0, num_cpus=2, host_memory_bytes=2**34)
     try:
-        config = paths.load(text, overrides)
+        try:
+            config = paths.load(text, overrides)
+        except ConfigError as error:
+            if error.exit_code != 2 or not all(PLACE.match(line) for line in str(error).split("\n")):
+                raise AssertionError(str(error)) from error
+            raise
         assert paths.load(config_to_yaml(config)) == config
         make_plan(config, resources, run_dir="runs/x", cwd=".")
     except (ConfigError, InfeasibleError) as error:
@@ -91,23 +99,25 @@ def assert_only_clear_errors(paths, text, overrides=()):
             raise AssertionError(message) from error
 
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def fuzz(num_examples):
+    """2,000 cases in all."""
+    return settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@fuzz
+@fuzz(250)
 @given(tree=st.builds(mutated, st.sampled_from([FULL, parse_yaml(GOOD).value]), st.lists(mutations, max_size=4)))
 def test_no_mutated_config_causes_anything_but_a_clear_error(tmp_path_factory, tree):
     paths = Paths(Path(tmp_path_factory.getbasetemp()))
     assert_only_clear_errors(paths, dump_yaml(tree))
 
 
-@fuzz
+@fuzz(1500)
 @given(text=st.text(max_size=300) | trees.map(dump_yaml) | values.map(dump_yaml))
 def test_no_text_causes_anything_but_a_clear_error(tmp_path_factory, text):
     assert_only_clear_errors(Paths(Path(tmp_path_factory.getbasetemp())), text)
 
 
-@fuzz
+@fuzz(250)
 @given(
     st.lists(
         st.text(max_size=60)

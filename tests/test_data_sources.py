@@ -131,18 +131,32 @@ def test_a_file_of_an_installed_package_is_read():
         read("package:sklearn/datasets/data/iris.csv", task_type="sequence_classification", columns=columns)
 
 
-def test_a_hub_dataset_is_loaded_without_code_and_fails_in_one_sentence(monkeypatch):
-    calls = []
+class HubBuilder:
+    """What `datasets` makes of a dataset of the hub: named for the module that reads its files."""
 
-    def load(path, subset, **options):
-        calls.append((path, subset, options))
-        if path == "owner/missing":
-            raise ConnectionError("Couldn't reach 'owner/missing' on the Hub")
+    def download_and_prepare(self):
+        self.is_prepared = True
+
+    def as_dataset(self, *, split):
+        assert self.is_prepared
+        assert split == "test"
         return datasets.Dataset.from_list(ROWS)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert pairs(read("owner/name", subset="main", split="test")) == ROWS
-    assert calls == [("owner/name", "main", {"split": "test"})]
+
+@pytest.mark.parametrize("kind", ["json", "pandas", "webdataset"])
+def test_a_hub_dataset_is_loaded_without_code_and_fails_in_one_sentence(monkeypatch, kind):
+    def load(path, subset):
+        if path == "owner/missing":
+            raise ConnectionError("Couldn't reach 'owner/missing' on the Hub")
+        assert (path, subset) == ("owner/name", "main")
+        return type("Builder", (HubBuilder,), {"__module__": f"datasets.packaged_modules.{kind}.{kind}"})()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    if kind == "json":
+        assert pairs(read("owner/name", subset="main", split="test")) == ROWS
+    else:
+        with pytest.raises(ConfigError, match=f"files of the kind {kind}, which are not read"):
+            read("owner/name", subset="main", split="test")
     with pytest.raises(DataError, match="did not give it: Couldn't reach"):
         read("owner/missing")
 

@@ -14,6 +14,8 @@ from ..errors import DataError
 from ..tasks import RowError
 from .clean import Rejected, Row, check_row, parse_json
 
+MAX_JSON_BYTES = 2**30
+"""A JSON file is read whole; JSONL has no limit but data.max_row_bytes for every row."""
 BOM = b"\xef\xbb\xbf"
 Item = Row | Rejected
 Reader = Callable[..., Iterator[Item]]
@@ -83,9 +85,11 @@ def read_json(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Item]:
     Raises DataError for a file that is not JSON: no single row can be blamed.
     """
     try:
-        content = file.read()
+        content = file.read(MAX_JSON_BYTES + 1)
     except DAMAGED as error:
         raise DataError(f"{name} is damaged: {error}") from None
+    if len(content) > MAX_JSON_BYTES:
+        raise DataError(f"{name} is larger than {MAX_JSON_BYTES // 2**20} MiB; make it JSONL, which is read row by row")
     try:
         document = parse_json(_decode(content.removeprefix(BOM)))
     except RowError as error:

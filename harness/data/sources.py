@@ -5,6 +5,7 @@ A row keeps every column of its file, has ours on top, and the resolved format u
 
 import gzip
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -26,6 +27,9 @@ FORMAT = "__format__"
 PEEK = 64
 """Rows looked at to learn the columns of a source."""
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
+MAX_STATE_BYTES = 10 * 2**20
+SAFE_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "imagefolder")
+"""Kinds of files that `datasets` may read from the hub; it reads pickles as well."""
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("conversations",)),
     "prompt_completion": (("prompt", "completion"),),
@@ -241,9 +245,24 @@ def _dataset_part(source: Source, folder: str | None) -> Part:
     return Part(source.path, read, lambda: str(dataset()._fingerprint))
 
 
+def _check_dataset_folder(path: str, folder: Path) -> None:
+    """Raises DataError if its state names a file outside it, or something that is no file."""
+    for state in (*folder.glob("state.json"), *folder.glob("*/state.json")):
+        try:
+            if not state.is_file() or state.stat().st_size > MAX_STATE_BYTES:
+                raise ValueError("no file of JSON")
+            named = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no readable datasets folder: {state.name}: {str(error)[:200]}") from None
+        for name in named:
+            if os.path.basename(str(name)) != name or not (state.parent / name).is_file():
+                raise DataError(f"{path}: {state.name} names {str(name)[:100]!r}, which is no file of this folder")
+
+
 def _load_folder(source: Source, folder: str) -> Any:
     import datasets
 
+    _check_dataset_folder(source.path, Path(folder))
     try:
         saved = datasets.load_from_disk(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -259,7 +278,15 @@ def _load_hub(source: Source) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
+        builder = datasets.load_dataset_builder(source.path, source.subset)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in SAFE_BUILDERS:
+            raise ConfigError(
+                f"{source.path} holds files of the kind {kind}, which are not read: some can run code; of a dataset on "
+                f"the hub {', '.join(SAFE_BUILDERS)} files are"
+            )
+        builder.download_and_prepare()
+        return builder.as_dataset(split=source.split)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ConfigError(f"{source.path}: {str(error)[:300]}") from None
     except (OSError, ValueError, RuntimeError) as error:

@@ -6,6 +6,7 @@ Shape letters: B examples, C channels, S pixels per edge, Y classes. An Example 
 
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from .common import (
     to_model_device,
     unwrap,
 )
+
+IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+"""Others are not opened: for some, Pillow starts another program."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,12 @@ def _values(image: Any) -> np.ndarray:
     if image is None:
         raise RowError("missing_column", "no column image")
     if isinstance(image, (str, bytes)):
+        if isinstance(image, str) and os.path.exists(image) and not os.path.isfile(image):
+            raise RowError("bad_image", f"{image[:100]} is not a file")
         try:
-            image = Image.open(image if isinstance(image, str) else io.BytesIO(image))
+            image = Image.open(image if isinstance(image, str) else io.BytesIO(image), formats=IMAGE_FORMATS)
             image.load()
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise RowError("bad_image", str(error)) from None
     if isinstance(image, Image.Image):
         if image.mode.startswith("I"):  # 16 bits a pixel
