@@ -1,4 +1,7 @@
-"""docs/benchmarks.md and the figures in README.md, made from the committed results alone: same JSON, same bytes."""
+"""docs/benchmarks.md and the figures in README.md, made from the committed results alone: same JSON, same bytes.
+
+docs/scaling.md is made beside them, from a model.
+"""
 
 import re
 import shlex
@@ -10,7 +13,7 @@ from typing import Any
 from ..harness.errors import ConfigError
 from ..harness.markup import duration, size
 from ..harness.run_dir import write_bytes
-from . import memory_tables, published, record, suite
+from . import memory_tables, published, record, scaling_document, suite
 from .benchmark import NOT_MEASURED, Benchmark, Choice, Item, Result, Row, Table, completed
 from .step_cases import row_key
 from .table import as_markdown
@@ -49,11 +52,16 @@ What `python bench/gpu_session.py FOLDER` measures on such a machine, in nine mi
 
 
 def outputs(
-    *, results: Path = record.RESULTS, document: Path = DOCUMENT, readme: Path = README
+    *,
+    results: Path = record.RESULTS,
+    document: Path = DOCUMENT,
+    readme: Path = README,
+    scaling: Path = scaling_document.DOCUMENT,
 ) -> dict[Path, tuple[str, str]]:
     """File -> (what it says, what the results say). Raises ConfigError for what cannot be read."""
-    present = {path: text_of(path) for path in (document, readme)}
+    present = {path: text_of(path) for path in (document, readme, scaling)}
     made = {document: generate(results), readme: with_figures(present[readme], results)}
+    made[scaling] = scaling_document.generate()
     return {path: (present[path], made[path]) for path in present}
 
 
@@ -64,9 +72,15 @@ def text_of(path: Path) -> str:
         raise ConfigError(f"{path}: {error.strerror}; the documents are in a checkout of burnish") from None
 
 
-def write(*, results: Path = record.RESULTS, document: Path = DOCUMENT, readme: Path = README) -> list[Path]:
-    """Writes both files anew. Raises ConfigError."""
-    made = outputs(results=results, document=document, readme=readme)
+def write(
+    *,
+    results: Path = record.RESULTS,
+    document: Path = DOCUMENT,
+    readme: Path = README,
+    scaling: Path = scaling_document.DOCUMENT,
+) -> list[Path]:
+    """Writes the files anew. Raises ConfigError."""
+    made = outputs(results=results, document=document, readme=readme, scaling=scaling)
     for path, (_, text) in made.items():
         write_bytes(path, text.encode())
     return list(made)

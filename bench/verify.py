@@ -1,9 +1,9 @@
 """Whether the documents say what the committed results say, the results what their samples say, and the machine agrees.
 
-Three checks: docs/benchmarks.md and the figures in README.md are line by line what `document` makes; in every committed
-result each median is that of its samples and each derived number follows from others; and what was measured on hardware
-like this one is measured again. A figure has drifted if the interval of its change (see `compare`) lies beyond DRIFT in
-either direction: a document may be too modest as well. No torch here.
+Three checks: docs/benchmarks.md, docs/scaling.md and the figures in README.md are line by line what `document` makes; in
+every committed result each median is that of its samples and each derived number follows from others; and what was
+measured on hardware like this one is measured again. A figure has drifted if the interval of its change (see `compare`)
+lies beyond DRIFT in either direction: a document may be too modest as well. No torch here.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.errors import ConfigError
-from . import document, record, runner, suite
+from . import document, record, runner, scaling_document, suite
 from .benchmark import Choice, Result, Row, Setting, Table
 from .compare import TOLERANCES, Change, Comparison, cells, compared
 from .stats import paired_ratios, quantiles
@@ -33,7 +33,7 @@ from peaks, less what a model takes without tokens. What is counted is the same 
 NUM_ROUNDS = 7
 """At most, where the caller does not say: enough for drift, and no need of a document's narrow quartiles."""
 MIN_ROUNDS = 3
-HINT = "burnish bench docs writes docs/benchmarks.md and the figures in README.md anew, from the results"
+HINT = "burnish bench docs writes docs/benchmarks.md, docs/scaling.md and the figures in README.md anew"
 CONTEXT_WORDS = 6
 """Shown before and behind what differs in a line."""
 QUARTILES = ("q1", "median", "q3")
@@ -62,6 +62,7 @@ def verify(
     results: Path = record.RESULTS,
     docs: Path = document.DOCUMENT,
     readme: Path = document.README,
+    scaling: Path = scaling_document.DOCUMENT,
 ) -> Verification:
     """All checks; the third only where `is_remeasured`. `setting` is of this machine; the rest is the results' own."""
     problems: list[str] = []
@@ -76,7 +77,8 @@ def verify(
         problems += [f"{path.parent.name}/{path.name}: {problem}" for problem in wrong]
         found += [] if wrong else [result]
     num_figures = sum(map(num_figures_of, found))
-    problems += [one for one in document_problems(results=results, docs=docs, readme=readme) if one not in problems]
+    stale = document_problems(results=results, docs=docs, readme=readme, scaling=scaling)
+    problems += [one for one in stale if one not in problems]
     if not is_remeasured:
         return Verification(problems, num_figures, 0, {"only the documents were asked for": num_figures})
     changes, unchecked = measured_again(setting, found, limit_s=limit_s)
@@ -91,10 +93,12 @@ def num_figures_of(result: Result) -> int:
     return sum(len(benchmark.figures(row)) for row in result["rows"] if row["state"] == "ok")
 
 
-def document_problems(*, results: Path, docs: Path, readme: Path) -> list[str]:
+def document_problems(
+    *, results: Path, docs: Path, readme: Path, scaling: Path = scaling_document.DOCUMENT
+) -> list[str]:
     """Each line of the documents that is not what the results say."""
     try:
-        made = document.outputs(results=results, document=docs, readme=readme)
+        made = document.outputs(results=results, document=docs, readme=readme, scaling=scaling)
     except ConfigError as error:
         return [str(error)]
     except (KeyError, TypeError, ValueError) as error:

@@ -229,7 +229,7 @@ def report(options: argparse.Namespace, _say: Say) -> Answer:
 
 
 def docs(options: argparse.Namespace, _say: Say) -> Answer:
-    """`docs`: writes docs/benchmarks.md and the figures of the README from the committed results."""
+    """`docs`: writes docs/benchmarks.md, docs/scaling.md and the figures of the README anew."""
     no_names(options)
     from ..bench import document
 

@@ -100,6 +100,8 @@ def checkout(machine, tmp_path):
     measure_into(found["results"] / record.hardware_here("cpu"))
     found["docs"].write_text("")
     found["readme"].write_text(README)
+    found["scaling"] = tmp_path / "scaling.md"
+    found["scaling"].write_text("")
     write(found)
     return found
 
@@ -110,7 +112,12 @@ def measure_into(folder):
 
 
 def write(checkout):
-    return document.write(results=checkout["results"], document=checkout["docs"], readme=checkout["readme"])
+    return document.write(
+        results=checkout["results"],
+        document=checkout["docs"],
+        readme=checkout["readme"],
+        scaling=checkout["scaling"],
+    )
 
 
 def edit(path, old, new):
