@@ -1,6 +1,6 @@
 """Whether the documents say what the committed results say, the results what their samples say, and the machine agrees.
 
-Three checks: docs/benchmarks.md, docs/scaling.md and the figures in README.md are line by line what `document` makes; in
+Three checks: docs/benchmarks.md, docs/scaling.md and README.md's figures are line by line what `document` makes; in
 every committed result each median is that of its samples and each derived number follows from others; and what was
 measured on hardware like this one is measured again. A figure has drifted if the interval of its change (see `compare`)
 lies beyond DRIFT in either direction: a document may be too modest as well. No torch here.
