@@ -180,7 +180,7 @@ def _shared_runs_dir(config: Config, options: ManifestOptions) -> str:
 def _cluster(plan: Plan, launch: Ray, options: ManifestOptions, *, name: str, run_dir: str) -> dict[str, Any]:
     """One pod for the head, on which no worker runs, and equal pods for the workers, as many as the range asks for."""
     per_node = workers_per_node(plan, launch, options)
-    low, high = (math.ceil(count / per_node) for count in num_workers(launch))
+    low, high = (math.ceil(count / per_node) for count in (launch.min_workers, launch.max_workers))
     if low < high and options.queue:
         raise ConfigError(
             "launch.num_workers: Kueue admits no RayJob that grows and shrinks; give one number, or leave the queue out"
@@ -217,12 +217,6 @@ def _cluster(plan: Plan, launch: Ray, options: ManifestOptions, *, name: str, ru
     }
 
 
-def num_workers(launch: Ray) -> tuple[int, int]:
-    """Fewest and most workers."""
-    count: Any = launch.num_workers
-    return (count, count) if isinstance(count, int) else (count[0], count[1])
-
-
 def workers_per_node(plan: Plan, launch: Ray, options: ManifestOptions) -> int:
     """Workers that a pod's GPUs are enough for; one on a CPU. Raises ConfigError where they are for none."""
     if plan.device == "cpu":
@@ -234,7 +228,7 @@ def workers_per_node(plan: Plan, launch: Ray, options: ManifestOptions) -> int:
             f"gpus_per_node={options.gpus_per_node}: a worker takes {wanted:g} GPUs of one pod; give at least "
             f"{math.ceil(wanted)}"
         )
-    return min(fitting, num_workers(launch)[1])
+    return min(fitting, launch.max_workers)
 
 
 def _node(plan: Plan, launch: Ray, options: ManifestOptions, per_node: int) -> dict[str, str]:
