@@ -48,9 +48,11 @@ class OutOfMemory(TrainingError):  # noqa: N818
 
 
 class Interrupted(BurnishError):  # noqa: N818
-    """The user stopped the run and a checkpoint was written: exit 130."""
+    """The user stopped the run and a checkpoint was written: exit 130, after SIGTERM 143."""
 
-    exit_code = 130
+    def __init__(self, message: str, *, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class LostError(TrainingError):

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..harness import backoff
+from ..harness import backoff, goodput
 from ..harness.config import Config
 from ..harness.config_io import load_config
-from ..harness.errors import OutOfMemory
+from ..harness.errors import OutOfMemory, TrainingError
 from ..harness.plan import Plan
+from ..harness.report import write_report
 from ..harness.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ Report = Callable[[dict[str, Any]], None]
 Replan = Callable[[Config], Plan]
 ATTEMPT_EVENTS = ("plan", backoff.EVENT)
 """Events that a new attempt begins after."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Between a lost driver and the next; each wait is twice the one before."""
 KILLED = "the system killed the process for want of memory"
 
 
@@ -75,6 +78,44 @@ class Attempts:
         self.run.log_event(backoff.EVENT, **fields)
         self.report({"event": backoff.EVENT, "time": time.time()} | fields)
         return plan
+
+
+@dataclass
+class Restarts:
+    """What the supervisor of a run on Ray does about a lost driver; see supervisor.Policy."""
+
+    run: RunDir
+    max_failures: int
+    report: Report
+    since: float = field(default_factory=time.time)
+    num_unwritten: int = 0
+    """Restarts before the run had a plan, so that there is nothing to write them to."""
+
+    def __call__(self, cause: str) -> float:
+        """Notes the restart, shows it, and returns the seconds to wait. Raises TrainingError if all are used up."""
+        events = [event for event in self.run.read_jsonl(self.run.events_jsonl) if event.get("time", 0.0) >= self.since]
+        errors = [str(event.get("message")) for event in events if event.get("event") == "error"]
+        cause = cause or (errors[-1] if errors else "the driver asked for another")
+        restarts = self.num_unwritten + sum(event.get("event") == goodput.EVENT for event in events)
+        if restarts >= self.max_failures:
+            raise self._used_up(cause, restarts)
+        event = goodput.restart_event(self.run, cause=cause, wait_s=min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**restarts))
+        if self.run.is_run:
+            self.run.append_jsonl(self.run.events_jsonl, event)
+        else:
+            self.num_unwritten += 1
+        self.report(event)
+        return float(event["wait_s"])
+
+    def _used_up(self, cause: str, restarts: int) -> TrainingError:
+        error = TrainingError(
+            f"{cause}, and launch.max_failures={self.max_failures} allows no more restarts (there were {restarts}); "
+            "go on from the newest checkpoint with --resume once the reason is gone"
+        )
+        if self.run.is_run:
+            self.run.log_event("error", message=str(error), exit_code=error.exit_code)
+            write_report(self.run)
+        return error
 
 
 def given_up(run: RunDir, config: Config) -> backoff.Settings:

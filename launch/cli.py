@@ -1,12 +1,13 @@
 """The `burnish` command: verbs, options, and errors as one sentence and an exit code. Imports no torch.
 
 Exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed, 6 a benchmark got worse, a
-document is wrong or a prediction was, 130 interrupted.
+document is wrong or a prediction was, 130 interrupted, 143 interrupted by SIGTERM.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
 from ..harness.errors import BurnishError, ConfigError, Interrupted
+from ..harness.redact import redact
 
 SEE_HELP = "burnish --help lists the verbs"
 
@@ -130,6 +132,40 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--docs-only", action="store_true", help="verify: measure nothing again")
 
 
+def _address(parser: argparse.ArgumentParser) -> None:
+    text = "URL of the cluster's dashboard: http://HOST:8265; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
+    parser.add_argument("--address", metavar="URL", help=text)
+
+
+def _submit(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    _address(parser)
+    parser.add_argument("--follow", action="store_true", help="show what the job prints until it ends")
+    parser.add_argument("--name", type=_job_name, metavar="ID", help="of the job; default: the run's name")
+    parser.add_argument("--working-dir", metavar="DIR", help="where relative paths lie; default: the current folder")
+    parser.add_argument("--no-preflight", action="store_true", help="queue the run without checking the nodes first")
+    text = "write a RayJob for KubeRay instead; needs image=… and claim=…"
+    parser.add_argument("--manifest", nargs="*", metavar="FIELD=VALUE", help=text)
+
+
+def _job_name(text: str) -> str:
+    from ..harness.config_types import NAME_PATTERN
+
+    if not re.fullmatch(NAME_PATTERN, text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: give letters, digits, dots, dashes and underscores")
+    return text
+
+
+def _job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help="its id, as burnish jobs shows it")
+    _address(parser)
+
+
+def _logs(parser: argparse.ArgumentParser) -> None:
+    _job(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="until the job ends; exits with its exit code")
+
+
 VERBS = {
     "train": Verb("fine-tune a model", _train),
     "plan": Verb("does a run fit, with which settings and why, and what would make it fit", _plan),
@@ -139,6 +175,11 @@ VERBS = {
     "export": Verb("adapter, or merged Hugging Face checkpoint", _export),
     "report": Verb("write report.html and summary.json of a run", _run),
     "doctor": Verb("what is installed, what is missing and what that switches off", _doctor),
+    "submit": Verb("run a config as a job on a Ray cluster", _submit),
+    "jobs": Verb("the jobs of a cluster", _address),
+    "status": Verb("how a job gets on", _job),
+    "logs": Verb("what a job prints", _logs),
+    "stop": Verb("end a job; a run writes a checkpoint first", _job),
     "config": Verb("show a resolved config, or the schema", _config_verb),
     "bench": Verb("measure speed and memory here, next to PEFT, TRL and plain PyTorch", _bench),
 }
@@ -200,7 +241,7 @@ def overview() -> str:
         f"usage: burnish VERB … [--json]\n\n{verbs}\n\n"
         "burnish VERB --help explains a verb; burnish --version tells the version.\n"
         "exit codes: 0 ok, 2 config or usage, 3 does not fit, 4 data check failed, 5 training failed,\n"
-        "6 a benchmark got worse, a document is wrong or a prediction was, 130 interrupted"
+        "6 a benchmark got worse, a document is wrong or a prediction was, 130 interrupted, 143 by SIGTERM"
     )
 
 
@@ -214,7 +255,10 @@ def _explained(error: BaseException) -> BurnishError:
     if isinstance(error, BurnishError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted; nothing more was saved")
+        from .interrupt import Terminated
+
+        code = 143 if isinstance(error, Terminated) else 130
+        return Interrupted("interrupted; nothing more was saved", exit_code=code)
     from .failures import unexpected
 
     return unexpected(error)
@@ -260,9 +304,10 @@ class _Output:
         return int(getattr(value, "exit_code", 0))
 
     def fail(self, error: BurnishError) -> int:
+        message = redact(str(error))
         if self.is_json:
-            self.answers.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
-        lines = str(error).splitlines() or [type(error).__name__]
+            self.answers.write(json.dumps({"error": message, "exit_code": error.exit_code}) + "\n")
+        lines = message.splitlines() or [type(error).__name__]
         print("\n".join(f"burnish: error: {line}" for line in lines), file=sys.stderr)
         return error.exit_code
 

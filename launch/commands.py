@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..harness.config import Config
 from ..harness.config_io import config_schema, config_to_yaml, load_config
-from ..harness.errors import ConfigError, Interrupted
-from ..harness.run_dir import RunDir, read_json
+from ..harness.errors import ConfigError, Interrupted, LostError
+from ..harness.lock import hold
+from ..harness.run_dir import RunDir, read_json, run_path
 
 if TYPE_CHECKING:
     from ..harness.export import LoadedRun
@@ -35,8 +36,9 @@ class Answer:
 
 def train(options: argparse.Namespace, progress: TextIO) -> Answer:
     from . import training
+    from .attempts import Restarts
     from .progress import Progress
-    from .supervisor import can_supervise, supervise
+    from .supervisor import Life, ask_for_restart, can_supervise, supervise
 
     if options.dry_run:
         return plan(options, progress)
@@ -45,16 +47,25 @@ def train(options: argparse.Namespace, progress: TextIO) -> Answer:
         raise ConfigError(f"{paths[0]} is a run directory; add --resume to go on with it, or give its config.yaml")
     config = training.resumed_config(paths, overrides) if options.resume else load_config(paths, overrides)
     mode: training.Mode = "resume" if options.resume else "fresh" if options.fresh else "new"
-    is_split = options.owns_process and config.launch.type == "inline" and can_supervise()
-    killed_since = supervise() if is_split else None
+    run = RunDir(run_path(Path.cwd() / config.runs_dir, config.name))
     display = Progress(progress)
-    try:
-        run = training.train(config, mode=mode, report=display.report, killed_since=killed_since)
-    except Interrupted as error:
-        how = f"{program()} train {shlex.join(options.config)} --resume"
-        raise Interrupted(f"{error}; go on with: {how}") from None
-    finally:
-        display.close()
+    with hold(run.path):
+        is_inline = config.launch.type == "inline"
+        policy = None if is_inline else Restarts(run, config.launch.max_failures, display.report)
+        is_split = options.owns_process and can_supervise()
+        life = supervise(policy) if is_split else Life()
+        try:
+            training.train(config, mode=mode, report=display.report, life=life)
+        except Interrupted as error:
+            how = f"{program()} train {shlex.join(options.config)} --resume"
+            raise Interrupted(f"{error}; go on with: {how}", exit_code=error.exit_code) from None
+        except LostError:
+            if not (is_split and policy):
+                raise
+            display.close()
+            ask_for_restart()
+        finally:
+            display.close()
     summary = training.write_report(run)
     display.finish(run, summary, program=program())
     return Answer(summary | {"run_dir": str(run.path)}, "")

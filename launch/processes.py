@@ -27,6 +27,12 @@ class Process:
         return found is not None and found[1] == self.start_ticks and found[2] != "Z"
 
 
+def find(pid: int) -> Process | None:
+    """The process of that number, if there is one."""
+    found = _status(pid)
+    return Process(pid, found[1]) if found is not None else None
+
+
 def descendants(pid: int) -> list[Process]:
     """Children of `pid`, their children, and so on."""
     parents: dict[int, list[Process]] = {}

@@ -11,9 +11,9 @@ import os
 import secrets
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -22,6 +22,8 @@ from ..harness.config import Config
 from ..harness.config_hardware import Ray
 from ..harness.errors import ConfigError, InfeasibleError
 from ..harness.plan import Resources
+from .leftovers import private_folder
+from .planning import of_nodes
 from .processes import descendants, end
 from .resources import detect
 
@@ -29,8 +31,6 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Only plans and results go through the object store; data goes through files."""
 END_GRACE_S = 10.0
 """How long Ray's processes may take to end by themselves."""
-MAX_TEMP_CHARS = 40
-"""Ray makes Unix sockets below its folder, and their paths end at 107 characters."""
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -51,17 +51,7 @@ def cluster_resources(config: Config) -> Resources:
     if config.launch.address is None:
         return detect()
     _connect(config.launch.address)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    kinds = [key.removeprefix("accelerator_type:") for node in nodes for key in node if key.startswith("accelerator")]
-    return Resources(
-        device="cuda" if num_gpus else "cpu",
-        num_devices=num_gpus,
-        num_cpus=int(sum(node["CPU"] for node in nodes)),
-        host_memory_bytes=int(min((node.get("memory", 0) for node in nodes), default=0)),
-        device_name=kinds[0] if kinds else "",
-        num_nodes=max(1, len(nodes)),
-    )
+    return of_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 @contextlib.contextmanager
@@ -74,7 +64,7 @@ def cluster(launch: Ray, resources: Resources) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    folder = _private_folder()
+    folder = private_folder()
     before = descendants(os.getpid())
     try:
         _start(resources, folder)
@@ -90,10 +80,10 @@ def check_capacity(launch: Ray, wanted: dict[str, float]) -> None:
     """Raises InfeasibleError if the workers, each with the resources `wanted`, can never run on the cluster."""
     have = ray.cluster_resources()
     for name, amount in wanted.items():
-        needed = amount * launch.num_workers
+        needed = amount * launch.min_workers
         if needed > have.get(name, 0.0):
             raise InfeasibleError(
-                f"launch.num_workers={launch.num_workers} at {amount:g} {name} each needs {needed:g}, and the Ray "
+                f"launch.num_workers={launch.min_workers} at {amount:g} {name} each needs {needed:g}, and the Ray "
                 f"cluster has {have.get(name, 0.0):g}; lower launch.num_workers or launch.resources_per_worker"
             )
 
@@ -103,7 +93,7 @@ def _connect(address: str) -> None:
         return
     os.environ.update(SETTINGS)
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        _init(address=address)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -117,28 +107,27 @@ def _start(resources: Resources, folder: Path) -> None:
     token.write_text(_token(), encoding="ascii")
     # Ray switches token authentication on for a cluster made by ray.init; the path keeps its token out of the home.
     os.environ.update(SETTINGS | {"RAY_AUTH_TOKEN_PATH": str(token)})
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(
+    _init(
         address="local",
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_devices,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
         _temp_dir=str(folder),
     )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+
+
+def _init(**options: Any) -> None:
+    """ray.init without its output and without its signal handlers, which end the process with the signal's number."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @functools.cache
 def _token() -> str:
     """One for the life of this process: Ray reads it once and shows it to every later cluster too."""
     return secrets.token_hex(32)
-
-
-def _private_folder() -> Path:
-    """A folder that only this user can enter: sockets, logs and the token lie in it."""
-    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_TEMP_CHARS else "/tmp"
-    return Path(tempfile.mkdtemp(prefix="burnish-", dir=parent))

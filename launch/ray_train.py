@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
-from ..harness import backoff, lock
+from ..harness import backoff, goodput, lock
 from ..harness.config import Config
 from ..harness.config_hardware import Ray
-from ..harness.errors import BurnishError, DataError, SupersededError, TrainingError
+from ..harness.errors import BurnishError, DataError, LostError, SupersededError, TrainingError
 from ..harness.plan import Plan, Resources
 from ..harness.run_dir import RunDir
 from ..harness.watchdog import longest_s
@@ -30,6 +30,7 @@ from .processes import oom_kills
 from .ray_cluster import check_capacity, cluster, cluster_resources
 from .resources import worker_resources
 from .tail import Tail
+from .worker_signals import StoppableTorchConfig
 
 if TYPE_CHECKING:
     from ..harness.data.prepare import Prepared
@@ -135,7 +136,9 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             "prepared": prepared.to_dict(),
             "driver": lock.driver_of(plan.run_dir),
         },
-        torch_config=TorchConfig(timeout_s=max(COLLECTIVE_TIMEOUT_S, round(longest_s(launch.hang_timeout_s)))),
+        torch_config=StoppableTorchConfig(
+            timeout_s=max(COLLECTIVE_TIMEOUT_S, round(longest_s(launch.hang_timeout_s))), stop_file=str(run.stop)
+        ),
         scaling_config=ScalingConfig(
             num_workers=launch.max_workers if launch.min_workers == launch.max_workers else launch.num_workers,
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
@@ -148,27 +151,55 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             failure_config=FailureConfig(
                 max_failures=launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
-            callbacks=[FailureLog(plan.run_dir, oom_kills())],
+            callbacks=[FailureLog(plan.run_dir, oom_kills(), max_failures=launch.max_failures)],
             worker_runtime_env={"env_vars": env_vars},
         ),
     )
 
 
 class FailureLog(UserCallback):
-    """Notes every failure of the workers in events.jsonl; runs in Ray Train's controller, beside the driver.
+    """Notes every failure of the workers and every restart in events.jsonl; runs in Ray Train's controller.
 
     A worker that was killed for want of memory would be again: what it left for workers to come makes them end at once.
     """
 
-    def __init__(self, run_dir: str, kills: int) -> None:
-        self.run_dir, self.kills = run_dir, kills
+    def __init__(self, run_dir: str, kills: int, *, max_failures: int) -> None:
+        self.run_dir, self.kills, self.left = run_dir, kills, max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         run = RunDir(self.run_dir)
-        reasons = {str(rank): first_line(error) for rank, error in sorted(worker_exceptions.items())}
-        run.log_event("worker_failure", reasons=reasons)
-        if died_for_memory(worker_exceptions, has_killed=oom_kills() > self.kills) and not run.fatal_json.exists():
+        failures = {rank: reason_of(error) for rank, error in sorted(worker_exceptions.items())}
+        run.log_event("worker_failure", reasons={str(rank): first_line(error) for rank, error in failures.items()})
+        if died_for_memory(failures, has_killed=oom_kills() > self.kills) and not run.fatal_json.exists():
             write_fatal(run, killed(run))
+        self.left -= 1
+        if self.left >= 0 and not run.fatal_json.exists():
+            event = goodput.restart_event(run, cause=cause_of(run, failures))
+            run.append_jsonl(run.events_jsonl, event)
+
+
+def cause_of(run: RunDir, failures: Mapping[int, BaseException]) -> str:
+    """What the workers failed of, in words. One that is gone, or hung, explains the errors of those that wait for it."""
+    events = run.read_jsonl(run.events_jsonl)
+    begin = max((number for number, event in enumerate(events) if event.get("event") == goodput.EVENT), default=0)
+    hung = [event["rank"] for event in events[begin:] if event.get("event") == "hang"]
+    gone = sorted(rank for rank, error in failures.items() if is_gone(error))
+    if hung:
+        return f"rank {hung[-1]} hung"
+    if gone:
+        return f"rank {', '.join(map(str, gone))} died"
+    return "; ".join(f"rank {rank}: {first_line(error)}" for rank, error in sorted(failures.items()))
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """What a worker failed of: Ray Train wraps the end of a process in an error about its health check."""
+    found = getattr(error, "health_check_failure", None)
+    return found if isinstance(found, BaseException) else error
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether it is not the worker's own error but that its process is not there any more."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +247,7 @@ def died_for_memory(failures: Mapping[int, BaseException], *, has_killed: bool) 
 
     Ray does not say which signal ended a process: `has_killed` is that a cgroup has counted a kill meanwhile.
     """
-    gone = [error for error in failures.values() if isinstance(error, RayError) and not isinstance(error, RayTaskError)]
+    gone = [reason for error in failures.values() if is_gone(reason := reason_of(error))]
     return bool(gone) and (has_killed or any(backoff.says_no_memory(str(error)) for error in gone))
 
 
@@ -248,8 +279,10 @@ def _failed(error: BaseException, run: RunDir, *, has_killed: bool) -> TrainingE
     if died_for_memory(failures, has_killed=has_killed):
         return killed(run)
     if isinstance(error, TrainingFailedError | RayError) and failures:
-        what = "; ".join(f"rank {rank}: {first_line(reason)}" for rank, reason in sorted(failures.items()))
+        what = "; ".join(f"rank {rank}: {first_line(reason_of(error))}" for rank, error in sorted(failures.items()))
     else:
         what = first_line(error)
     path = write_traceback(error, folder=run.path)
+    if isinstance(error, RayError):
+        return LostError(f"the controller of the workers is gone ({what})")
     return TrainingError(f"training failed in Ray ({what}); details in {path}")

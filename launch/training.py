@@ -12,14 +12,16 @@ from ..harness import backoff
 from ..harness.config import Config
 from ..harness.config_io import config_to_yaml, load_config, with_values
 from ..harness.errors import BurnishError, ConfigError, DataError, InfeasibleError, Interrupted, OutOfMemory
+from ..harness.lock import driver_of, fence
 from ..harness.plan import Plan, Resources
 from ..harness.reasons import written
 from ..harness.report import write_report
 from ..harness.run_dir import RunDir, run_path, write_bytes
 from .attempts import Attempts, given_up, killed, tried
-from .interrupt import Interrupts
+from .interrupt import Interrupts, exit_code
 from .planning import planned
 from .resources import free_disk_bytes, offload_places
+from .supervisor import Life
 
 if TYPE_CHECKING:
     from ..harness.data.prepare import Prepared
@@ -34,6 +36,7 @@ MAY_DIFFER = (
     *("train.micro_batch_size", "eval.micro_batch_size"),
 )
 """Keys that may change when a run goes on: where and how it runs, not what it computes."""
+FIRST_LIFE = Life()
 LESS = 0.2
 """Share of a plan's predicted memory: what needs less by so much may fit where the plan did not."""
 CHEAPEST = "The cheapest change that fits: "
@@ -59,10 +62,10 @@ def plan_run(config: Config, resources: Resources, *, before: Plan | None = None
     return planned(config, resources, before=before).plan
 
 
-def train(config: Config, *, mode: Mode, report: Report, killed_since: float | None = None) -> RunDir:
+def train(config: Config, *, mode: Mode, report: Report, life: Life = FIRST_LIFE) -> RunDir:
     """Runs to the end and returns the finished run. Every event goes to `report`.
 
-    `killed_since` is when a process began that trained this run and that the system killed for want of memory.
+    `life` says whether an earlier process of the same command was lost.
 
     Raises ConfigError, InfeasibleError, DataError; TrainingError, and OutOfMemory where a run that found no memory had
     nothing left to give up; Interrupted once a checkpoint is written, and KeyboardInterrupt where there was nothing to
@@ -70,7 +73,8 @@ def train(config: Config, *, mode: Mode, report: Report, killed_since: float | N
     """
     resources = find_resources(config)
     run = RunDir(run_path(Path(os.getcwd()) / config.runs_dir, config.name))
-    before = plan_before(run) if mode == "resume" or killed_since is not None else None
+    mode = _mode_after(run, mode, life)
+    before = plan_before(run) if mode == "resume" else None
     attempts = Attempts(
         run,
         config,
@@ -78,13 +82,12 @@ def train(config: Config, *, mode: Mode, report: Report, killed_since: float | N
         advice=lambda plan: smaller_run(plan, resources),
         report=report,
     )
-    if killed_since is not None:
-        mode = "resume"
     if mode == "resume" and run.is_run:
         check_same_config(run.load_config(), config)
         attempts.given_up, attempts.tried = given_up(run, config), tried(run)
-    plan = _plan_of_attempt(attempts, killed_since)
+    plan = _plan_of_attempt(attempts, life.killed_since)
     RunDir.create(plan.run_dir, mode=mode)
+    fence(plan.run_dir)
     report({"event": "plan", "plan": plan})
     try:
         with (
@@ -96,10 +99,24 @@ def train(config: Config, *, mode: Mode, report: Report, killed_since: float | N
             interrupts.arm(run.stop)
             attempts.train(session, prepared)
     except BaseException as error:
+        if isinstance(error, Interrupted):
+            error.exit_code = exit_code(run.stop)
         _note_end(run, error, mode)
         raise
     write_report(run)
     return run
+
+
+def _mode_after(run: RunDir, mode: Mode, life: Life) -> Mode:
+    """How to enter the run directory: a run that an earlier process of this command has begun is gone on with."""
+    if life.killed_since is not None:
+        return "resume"
+    if life.restarts == 0 or driver_of(run.path) < 1000 * life.since:
+        return mode
+    if run.is_run:
+        return "resume"
+    shutil.rmtree(run.path, ignore_errors=True)  # this command's own, and not planned yet
+    return mode
 
 
 def plan_before(run: RunDir) -> Plan | None:

@@ -48,11 +48,12 @@ def test_a_signal_that_reaches_a_run_itself_and_through_its_parent_counts_once(t
     with interrupt.Interrupts(notices.append) as interrupts:
         interrupts.arm(tmp_path / "stop")
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(interrupt.PASSED_ON)
+        signal.raise_signal(interrupt.PASSED_ON[signal.SIGTERM])
         assert len(notices) == 1
+        assert interrupt.exit_code(tmp_path / "stop") == 143
         monkeypatch.setattr(interrupt, "TWIN_S", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(interrupt.PASSED_ON)
+        with pytest.raises(interrupt.Terminated):
+            signal.raise_signal(interrupt.PASSED_ON[signal.SIGTERM])
 
 
 def test_a_worker_that_is_gone_counts_only_with_a_sign_of_memory():
