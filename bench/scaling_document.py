@@ -159,7 +159,11 @@ def saving_row(work: Work, stage: int, num_gpus: int) -> tuple[str, ...]:
     if not model["fits"]:
         return (name, f"{num_gpus:,}", "does not fit", *[""] * 10)
     found = failures.chosen(work, num_gpus, step_s=model["step_s"], hardware=H200)
-    times = {"interval_s": found.every_steps * found.step_s, "save_s": found.save_s, "mtbf_s": found.mtbf_s}
+    times: dict[str, Any] = {
+        "interval_s": found.every_steps * found.step_s,
+        "save_s": found.save_s,
+        "mtbf_s": found.mtbf_s,
+    }
     times["restart_s"] = failures.restart_s(work)
     course = failures.simulate(**times, num_nodes=num_gpus // H200.gpus_per_node)
     best = times | {"interval_s": optimum_s(found.save_s, found.mtbf_s)}
