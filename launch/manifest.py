@@ -237,7 +237,9 @@ def _node(plan: Plan, launch: Ray, options: ManifestOptions, per_node: int) -> d
     size = options.node_memory_bytes
     if size is None:
         if options.memory_per_worker_bytes is None:
-            raise ConfigError("the memory of a worker could not be predicted here; give the memory of a pod of workers")
+            raise ConfigError(
+                "the memory of a worker could not be predicted here; give node_memory_bytes, that of a pod of workers"
+            )
         workers = per_node * math.ceil((1 + SPARE) * (options.memory_per_worker_bytes + PROCESS_BYTES))
         size = workers + RAY_BYTES + _shared_memory_bytes(per_node)
     found = {"cpu": str(cpus), "memory": _mebibytes(size)}

@@ -184,7 +184,7 @@ def test_an_elastic_range_is_the_range_of_pods():
         ({}, {"launch": {"type": "inline"}}, "launch.type=ray"),
         ({}, {"runs_dir": "/scratch/runs"}, "not on the shared volume"),
         ({}, {"runs_dir": "../runs"}, "not on the shared volume"),
-        ({"memory_per_worker_bytes": None}, {}, "memory of a pod"),
+        ({"memory_per_worker_bytes": None}, {}, "node_memory_bytes"),
         ({"gpus_per_node": 0}, {}, "at least 1"),
         ({"name": "My_Run"}, {}, "such as my-run"),
         ({"name": "a" * (MAX_NAME + 1)}, {}, "none that Kubernetes takes"),
