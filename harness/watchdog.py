@@ -72,7 +72,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         self.run.heartbeats.mkdir(exist_ok=True)
         self.run.hangs.mkdir(exist_ok=True)
-        self.stacks = (self.run.hangs / f"rank_{self.rank:05d}.txt").open("w")
+        self.stacks = (self.run.hangs / f"rank_{self.rank:05d}_pid{os.getpid()}.txt").open("w")
         self.note("load", step=0)
         self._beat()
         self.thread.start()

@@ -21,17 +21,26 @@ TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its plan and data, and the step after which every rank kills itself (None = never)."""
+    """One run: its plan and data, and the step after which every rank kills itself, or is asked to stop."""
 
     plan: dict[str, Any]
     prepared: dict[str, Any]
     kill_after_step: int | None = None
+    stop_after_step: int | None = None
 
 
-def make_job(folder: Path, *, world: int, kill_after_step: int | None = None, mode: str = "new", **changes: Any) -> Job:
+def make_job(
+    folder: Path,
+    *,
+    world: int,
+    kill_after_step: int | None = None,
+    stop_after_step: int | None = None,
+    mode: str = "new",
+    **changes: Any,
+) -> Job:
     """Config -> plan -> prepared data -> run directory, as the launchers do it."""
     launch = {"type": "ray", "num_workers": world} if world > 1 else {"type": "inline"}
-    path = tiny.write_config(folder, launch=launch, **changes)
+    path = tiny.write_config(folder, **({"launch": launch} | changes))
     config = load_config([str(path)])
     run_dir = Path(config.runs_dir) / config.name
     resources = Resources(device="cpu", num_devices=0, num_cpus=world, host_memory_bytes=2**34)
@@ -39,13 +48,14 @@ def make_job(folder: Path, *, world: int, kill_after_step: int | None = None, mo
     run = RunDir.create(run_dir, mode=mode)
     run.write_json(run.plan_json, plan.to_dict())
     prepared = prepare_data(config, str(folder), config.runs_dir)
-    return Job(plan.to_dict(), prepared.to_dict(), kill_after_step)
+    return Job(plan.to_dict(), prepared.to_dict(), kill_after_step, stop_after_step)
 
 
 def run_job(job: Job, rank: int, world: int) -> None:
     """Runs one job on this rank; rank 0 leaves the metrics in the run directory."""
     from burnish.harness.data.prepare import Prepared
     from burnish.harness.engine import World
+    from burnish.harness.errors import Interrupted
     from burnish.harness.worker import run
 
     plan = Plan.from_dict(job.plan)
@@ -53,9 +63,15 @@ def run_job(job: Job, rank: int, world: int) -> None:
     def report(record: dict[str, Any]) -> None:
         if record.get("kind") == "train" and record["step"] == job.kill_after_step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if record.get("kind") == "train" and record["step"] == job.stop_after_step:
+            RunDir(plan.run_dir).stop.touch()
 
     world_info = World(rank=rank, local_rank=rank, size=world, device="cpu")
-    run(plan, Prepared.from_dict(job.prepared), world=world_info, report=report)
+    try:
+        run(plan, Prepared.from_dict(job.prepared), world=world_info, report=report)
+    except Interrupted:
+        if job.stop_after_step is None:
+            raise
 
 
 def _serve(rank: int, world: int, rendezvous: str, inbox: Any, outbox: Any) -> None:
