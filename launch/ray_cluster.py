@@ -104,9 +104,10 @@ def _connect(address: str) -> None:
 
 def _start(resources: Resources, folder: Path) -> None:
     token = folder / "token"
-    token.write_text(_token(), encoding="ascii")
-    # Ray switches token authentication on for a cluster made by ray.init; the path keeps its token out of the home.
-    os.environ.update(SETTINGS | {"RAY_AUTH_TOKEN_PATH": str(token)})
+    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(_token())
+    # Whatever the user's environment says: nobody talks to this cluster without its token, which is not in the home.
+    os.environ.update(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     _init(
         address="local",
         num_cpus=resources.num_cpus,
