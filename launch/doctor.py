@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from ..harness.markup import size
 from ..harness.offload import INSTALL, find_tool, missing_tools
 from .resources import detect
+from .versions import floors, is_older
 
 State = Literal["ok", "missing", "broken"]
 MIN_OPEN_FILES = 4096
@@ -90,20 +91,17 @@ def _packages() -> list[Check]:
         "datasets": "hub datasets and datasets folders",
     }
     checks = []
-    for name in _requirements():
+    for name, floor in floors().items():
+        off = uses.get(name, "burnish")
         try:
-            checks.append(Check(name, "ok", version(name), is_required=True))
+            have = version(name)
         except PackageNotFoundError:
-            off = uses.get(name, "burnish")
             checks.append(Check(name, "missing", "not installed: pip install burnish", off, is_required=True))
+            continue
+        is_old = bool(floor) and is_older(have, floor)
+        detail = f"{have}, too old: pip install '{name}>={floor}'" if is_old else have
+        checks.append(Check(name, "broken" if is_old else "ok", detail, off if is_old else "", is_required=True))
     return checks
-
-
-def _requirements() -> list[str]:
-    """Names of the distributions that burnish requires, without extras and versions."""
-    lines = [line for line in requires("burnish") or [] if "extra ==" not in line]
-    names = ["".join(c if c.isalnum() or c in "-_." else " " for c in line).split()[0] for line in lines]
-    return sorted(set(names))
 
 
 def _torch(found: dict[str, Any] | str) -> list[Check]:

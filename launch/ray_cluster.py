@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import RayError
 
 from ..harness.config import Config
@@ -92,6 +93,11 @@ def _connect(address: str) -> None:
     if ray.is_initialized():
         return
     os.environ.update(SETTINGS)
+    if not is_token_auth_enabled():
+        raise ConfigError(
+            f"launch.address={address}: a cluster without token authentication runs the code of whoever reaches it; "
+            "start its nodes with RAY_AUTH_MODE=token, and set that and RAY_AUTH_TOKEN_PATH here"
+        )
     try:
         _init(address=address)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:

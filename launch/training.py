@@ -22,6 +22,7 @@ from .interrupt import Interrupts, exit_code
 from .planning import planned
 from .resources import free_disk_bytes, offload_places
 from .supervisor import Life
+from .versions import check_versions
 
 if TYPE_CHECKING:
     from ..harness.data.prepare import Prepared
@@ -71,6 +72,7 @@ def train(config: Config, *, mode: Mode, report: Report, life: Life = FIRST_LIFE
     nothing left to give up; Interrupted once a checkpoint is written, and KeyboardInterrupt where there was nothing to
     save or the user would not wait.
     """
+    check_versions()
     resources = find_resources(config)
     run = RunDir(run_path(Path(os.getcwd()) / config.runs_dir, config.name))
     mode = _mode_after(run, mode, life)

@@ -38,7 +38,7 @@ def test_the_answer_is_json_able(found):
 
 
 def test_a_missing_required_package_is_exit_2(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(doctor, "_requirements", lambda: ["a-package-that-is-not-there"])
+    monkeypatch.setattr(doctor, "floors", lambda: {"a-package-that-is-not-there": ""})
     monkeypatch.setattr(doctor, "_probe", lambda code: "not asked")
     assert main(["doctor", "--json", "--runs-dir", str(tmp_path)]) == 2
     answer = json.loads(capsys.readouterr().out)
