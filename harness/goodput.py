@@ -124,7 +124,7 @@ class _Sweep:
 
     def split(self, seconds: float, name: str, record: Record) -> dict[str, float]:
         """The seconds before a record, by bucket."""
-        if self.state == "gone" or (name == "plan" and self.state == "train"):
+        if self.state == "gone" or (name in OPENINGS and self.state == "train"):
             return {}
         if name == EVENT:
             # Until the last sign there was work, whose records a resumed run has replaced.
@@ -157,7 +157,7 @@ class _Sweep:
             self.state = "gone"
         elif name in ("start", "resume", "checkpoint", "train", "eval", "samples"):
             self.state = "train"
-        elif name == "plan" and self.state != "restart":
+        elif name in OPENINGS and self.state != "restart":
             self.state = self.opening = "other"
 
 

@@ -33,7 +33,8 @@ def write_report(run_dir: RunDir | str | Path) -> dict[str, Any]:
 
 def page(facts: Facts, summary: dict[str, Any]) -> str:
     """The whole HTML page."""
-    sections = (headline, curves, validation, samples, plan, proof, data, history, reproduce, config, environment)
+    sections = (headline, curves, validation, samples, plan, proof, data, time, history)
+    sections += (reproduce, config, environment)
     return document(
         f"{summary['name']} · burnish",
         tag("main", *(one(facts, summary) for one in sections), tag("footer", "Written by burnish report.")),
@@ -184,6 +185,21 @@ def data(facts: Facts, summary: dict[str, Any]) -> Markup:
         cells = [[key, *(number(column.get(key)) for column in columns)] for key in keys]
         return section("Data", table(cells, head=["", *counts], class_="figures"))
     return section("Data", table([[key, number(value)] for key, value in _flattened(counts)], class_="stack"))
+
+
+def time(facts: Facts, summary: dict[str, Any]) -> Markup:
+    """What the wall time went into, and what failures cost."""
+    found = summary["goodput"]
+    if not found["wall_s"]:
+        return Markup("")
+    rows = [
+        [bucket, duration(seconds), f"{seconds / found['wall_s']:.1%}"]
+        for bucket, seconds in found["seconds"].items()
+        if seconds
+    ]
+    share = "" if found["goodput"] is None else f"Goodput {found['goodput']:.1%}: training over all but other. "
+    lost = f"{found['num_restarts']} restarts, {number(found['lost_steps'])} steps lost and repeated."
+    return section("Time", tag("p", share + lost), table(rows, head=["", "time", "share"], class_="figures"))
 
 
 def history(facts: Facts, summary: dict[str, Any]) -> Markup:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from . import goodput
 from .errors import ConfigError
 from .run_dir import RunDir, read_json, read_jsonl
 
@@ -55,7 +56,7 @@ def summarise(facts: Facts) -> dict[str, Any]:
     tokens, time_s = (sum(record.get(key) or 0 for record in facts.train) for key in ("tokens", "time_s"))
     memory = [record.get("memory_bytes") or 0 for record in facts.train]
     memory.append(facts.last_event("finish").get("peak_memory_bytes") or 0)
-    attempts = attempt_times(facts)
+    spent = goodput.measure(facts.events, facts.train + facts.evals)
     model = {key: value for key, value in facts.last_event("model").items() if key not in ("event", "time")}
     validation = [record for record in facts.evals if record.get("split") == "validation"]
     tests = [record for record in facts.evals if record.get("split") == "test"]
@@ -71,8 +72,9 @@ def summarise(facts: Facts) -> dict[str, Any]:
         "total_steps": facts.last_event("start").get("total_steps"),
         "validation": {"before": before, "after": after, "change": change(before, after)},
         "test": numbers(tests[-1]) if tests else {},
-        "wall_time_s": round(sum(attempts), 3),
-        "num_attempts": len(attempts),
+        "wall_time_s": round(spent.wall_s, 3),
+        "num_attempts": num_attempts(facts),
+        "goodput": spent.to_dict(),
         "tokens": tokens,
         "tokens_per_s": round(tokens / time_s, 3) if time_s else None,
         "peak_memory_bytes": max(memory) or None,
@@ -93,18 +95,15 @@ def status(facts: Facts) -> str:
     return "interrupted" if result == "unfinished" and facts.run.stop.exists() else result
 
 
-def attempt_times(facts: Facts) -> list[float]:
-    """Seconds of each attempt: from its first event to its last event or metrics record."""
+def num_attempts(facts: Facts) -> int:
+    """How often the run was started, by users and after failures."""
     timed = [(event["time"], event.get("event")) for event in facts.events if isinstance(event.get("time"), float)]
     timed += [(record["time"], "metrics") for record in facts.train + facts.evals if record.get("time")]
-    attempts: list[list[float]] = []
-    previous = None
-    for time, name in sorted(timed, key=lambda item: item[0]):
-        if not attempts or (name in FIRST_EVENTS and previous not in FIRST_EVENTS):
-            attempts.append([])
-        attempts[-1].append(time)
-        previous = name
-    return [times[-1] - times[0] for times in attempts]
+    names = [name for _, name in sorted(timed, key=lambda item: item[0])]
+    return sum(
+        number == 0 or (name in FIRST_EVENTS and names[number - 1] not in FIRST_EVENTS)
+        for number, name in enumerate(names)
+    )
 
 
 def numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Restarts:
     run: RunDir
     max_failures: int
     report: Report
-    since: float = field(default_factory=time.time)
+    since: float = field(default_factory=lambda: round(time.time(), 3))
     num_unwritten: int = 0
     """Restarts before the run had a plan, so that there is nothing to write them to."""
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..harness import backoff
+from ..harness import backoff, goodput
 from ..harness.markup import duration, number, size
 from ..harness.plan import Plan
 from ..harness.run_dir import RunDir, read_json
@@ -42,6 +42,7 @@ class Progress:
             "broken_checkpoint": lambda event: self._line("ignored", f"{event['path']}: damaged checkpoint"),
             "worker_failure": self._worker_failure,
             backoff.EVENT: self._out_of_memory,
+            goodput.EVENT: self._restart,
             "notice": lambda event: self._line("note", event["text"]),
             "train": self._step,
             "eval": self._eval,
@@ -108,6 +109,11 @@ class Progress:
         for rank, reason in event["reasons"].items():
             self._line("failed", f"worker {rank}: {reason}")
 
+    def _restart(self, event: dict[str, Any]) -> None:
+        self.close()
+        self.recent.clear()
+        self._line("restart", restarted(event))
+
     def _out_of_memory(self, event: dict[str, Any]) -> None:
         self.close()
         self.recent.clear()
@@ -170,6 +176,7 @@ class Progress:
             self._line("saved", f"{shown_path(proof['path'])}; reloaded into a fresh model: {losses}")
         self._line("report", f"{folder}/report.html")
         self._line("took", duration(summary.get("wall_time_s")) + f", peak {size(summary.get('peak_memory_bytes'))}")
+        self._line("goodput", time_spent(summary["goodput"]))
         self._print(Text("\nNext", style="bold"))
         for command in next_commands(run, summary, program):
             self._print(Text(f"  {command}"))
@@ -213,6 +220,24 @@ def method(plan: Plan) -> str:
 
 def num_threads(plan: Plan) -> str:
     return f"{plan.num_threads} threads" if plan.num_threads > 1 else "1 thread"
+
+
+def restarted(event: dict[str, Any]) -> str:
+    """`1 from step 20: worker 1 died; 3 steps and 4.2 s lost; goodput 91 %`."""
+    steps = f"{event['lost_steps']} step{'s' if event['lost_steps'] != 1 else ''}"
+    share = "" if event["goodput"] is None else f"; goodput {100 * event['goodput']:.0f} %"
+    wait = f"; waiting {event['wait_s']:g} s" if event.get("wait_s") else ""
+    lost = f"{steps} and {event['lost_s']:.1f} s lost"
+    return f"{event['attempt']} from step {event['from_step']}: {event['cause']}; {lost}{share}{wait}"
+
+
+def time_spent(found: dict[str, Any]) -> str:
+    """`97 %: train 80 %, save 3 %, other 17 % of 1 min 40 s`; what took nothing is left out."""
+    wall_s = max(1e-9, found["wall_s"])
+    shares = {bucket: 100 * seconds / wall_s for bucket, seconds in found["seconds"].items()}
+    words = [f"{bucket} {share:.0f} %" for bucket, share in shares.items() if share >= 0.5]
+    head = "" if found["goodput"] is None else f"{100 * found['goodput']:.0f} %: "
+    return f"{head}{', '.join(words)} of {duration(found['wall_s'])}"
 
 
 def counted(counts: dict[str, Any]) -> str:

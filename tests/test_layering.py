@@ -21,7 +21,8 @@ IMPORTERS = {
     "deepspeed": {"bench.trainers", "harness.zero"},
     "ray": {
         "bench.scale_cluster",
-        *("launch.jobs", "launch.preflight", "launch.probe", "launch.ray_cluster", "launch.ray_train", "launch.worker_signals"),
+        *("launch.jobs", "launch.preflight", "launch.probe", "launch.ray_cluster", "launch.ray_train"),
+        "launch.worker_signals",
     },
     "rich": {"launch.progress"},
     "tensorboard": {"harness.metrics"},

@@ -1,0 +1,234 @@
+"""The run above the workers: what the supervisor does about a driver that dies, here a function without any library.
+
+Nightly, with Ray and a tiny model: the driver, the head and the controller are killed, and SIGTERM comes at bad moments;
+the losses are those of an undisturbed run, and nothing is left.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from burnish.harness.errors import TrainingError
+from burnish.harness.run_dir import RunDir
+from burnish.launch import leftovers, processes, training
+from burnish.launch.attempts import Restarts
+from burnish.launch.interrupt import Interrupts
+from burnish.launch.supervisor import RESTART, Life
+from safetensors.torch import load_file
+
+BURNISH = [sys.executable, "-m", "burnish.launch.cli"]
+DRIVER = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+from burnish.harness.run_dir import RunDir
+from burnish.harness.errors import BurnishError
+from burnish.launch import leftovers, supervisor
+from burnish.launch.attempts import Restarts
+from burnish.launch.interrupt import Interrupts
+
+folder, ways, max_failures = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+policy = Restarts(RunDir(folder), max_failures, lambda event: print("restart:", event["cause"], flush=True))
+try:
+    life = supervisor.supervise(policy if max_failures >= 0 else None)
+except BurnishError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+except KeyboardInterrupt as error:
+    print(type(error).__name__, flush=True)
+    sys.exit(130)
+way = ways[life.restarts]
+print("driver", os.getpid(), way, flush=True)
+if way == "ask":
+    RunDir(folder).log_event("error", message="the controller is gone")
+    supervisor.ask_for_restart()
+if way.isdecimal():
+    os._exit(int(way))
+if way in ("wait", "deaf"):
+    leftovers.private_folder()
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    if way == "deaf":
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+    else:
+        with Interrupts(lambda text: print(text, flush=True)) as interrupts:
+            interrupts.arm(folder / "stop")
+            print("ready", flush=True)
+            while not (folder / "stop").exists():
+                time.sleep(0.02)
+        os._exit(143 if (folder / "stop").read_text() == "SIGTERM" else 130)
+    print("ready", flush=True)
+    time.sleep(600)
+os.kill(os.getpid(), getattr(signal, way))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    found = RunDir(tmp_path / "run")
+    found.path.mkdir()
+    found.plan_json.write_text("{}")
+    return found
+
+
+def start(run, ways, *, max_failures=3):
+    command = [sys.executable, "-c", DRIVER, run.path, ways, str(max_failures)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def lives(run, ways, **options):
+    """Exit code and what was printed, line by line."""
+    process = start(run, ways, **options)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output.splitlines()
+
+
+@pytest.mark.parametrize("way", ["SIGKILL", "SIGSEGV", "1", "ask"])
+def test_a_driver_that_was_lost_is_followed_by_another(run, way):
+    code, lines = lives(run, f"{way},0")
+    assert code == 0
+    cause = {"1": "the head of the Ray cluster is gone", "ask": "the controller is gone"}
+    assert f"restart: {cause.get(way, f'the driver was ended by {way}')}" in lines
+    [event] = [event for event in run.read_jsonl(run.events_jsonl) if event["event"] == "restart"]
+    assert {"cause", "attempt", "from_step", "lost_steps", "lost_s", "goodput"} <= event.keys()
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 6, 130, 143])
+def test_an_exit_code_of_our_own_is_final(run, code):
+    found, lines = lives(run, str(code))
+    assert found == code
+    assert not any("restart" in line for line in lines)
+
+
+def test_when_the_restarts_are_used_up_the_error_says_why_and_how_to_go_on(run):
+    begin = time.monotonic()
+    code, lines = lives(run, "SIGKILL,1,SIGKILL", max_failures=2)
+    assert code == TrainingError.exit_code
+    assert sum(line.startswith("driver") for line in lines) == 3
+    assert "driver was ended by SIGKILL" in lines[-1]
+    assert "launch.max_failures=2" in lines[-1]
+    assert "--resume" in lines[-1]
+    events = run.read_jsonl(run.events_jsonl)
+    assert [event["event"] for event in events] == ["restart", "restart", "error"]
+    assert [event["wait_s"] for event in events[:2]] == [1.0, 2.0]
+    assert time.monotonic() - begin > 3
+
+
+def test_restarts_of_workers_count_too(run):
+    policy = Restarts(run, 2, lambda event: None)
+    run.log_event("restart", cause="worker 1 died")
+    assert policy("the driver died") == 2.0
+    with pytest.raises(TrainingError, match="there were 2"):
+        policy("the driver died")
+
+
+def test_before_the_run_has_a_plan_restarts_are_counted_but_not_written(tmp_path):
+    policy = Restarts(RunDir(tmp_path), 1, lambda event: None)
+    policy("the driver died")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TrainingError):
+        policy("the driver died")
+
+
+def test_an_inline_run_is_not_started_again_after_any_signal(run):
+    code, lines = lives(run, "SIGKILL", max_failures=-1)
+    assert (code, lines[-1]) == (5, "the run was ended by SIGKILL")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_driver_which_ends_in_its_own_way(run, number):
+    process = start(run, "wait")
+    assert process.stdout.readline().startswith("driver")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert "a checkpoint will be written" in output
+
+
+def test_a_driver_that_does_not_end_after_two_signals_is_killed(run):
+    process = start(run, "deaf")
+    while process.stdout.readline() != "ready\n":
+        pass
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "restart" not in output
+    assert time.monotonic() - begin < 10
+
+
+def test_a_signal_ends_the_wait_for_the_next_driver(run):
+    process = start(run, "SIGKILL,0")
+    while not process.stdout.readline().startswith("restart"):
+        pass
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert output == "Terminated\n"
+
+
+@pytest.mark.parametrize("victim", ["driver", "supervisor", "both"])
+def test_nothing_is_left_of_a_run_that_is_killed(run, victim):
+    """The driver's own child in a session of its own, which nobody else would end, and its folder."""
+    process = start(run, "wait", max_failures=0)
+    driver = processes.find(int(process.stdout.readline().split()[1]))
+    assert process.stdout.readline() == "ready\n"
+    [sleeper] = [found for found in processes.descendants(driver.pid) if b"sleep" in command_of(found.pid)]
+    owners = Path(leftovers._parent()).glob(f"{leftovers.PREFIX}*/{leftovers.OWNER}")
+    [folder] = [path.parent for path in owners if json.loads(path.read_text())["pid"] == driver.pid]
+    for pid in {"driver": [driver.pid], "supervisor": [process.pid], "both": [process.pid, driver.pid]}[victim]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=20)
+    deadline = time.monotonic() + 10
+    while (sleeper.is_alive() or folder.exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not sleeper.is_alive()
+    assert not folder.exists()
+    assert not driver.is_alive()
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_the_folder_of_a_live_process_stays_and_a_strangers_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(leftovers, "_parent", lambda: str(tmp_path))
+    mine = leftovers.private_folder()
+    dead = tmp_path / f"{leftovers.PREFIX}dead"
+    foreign = tmp_path / f"{leftovers.PREFIX}foreign"
+    for folder, namespace in ((dead, json.loads((mine / leftovers.OWNER).read_text())["namespace"]), (foreign, "x")):
+        folder.mkdir()
+        record = {"pid": 2**22 + 1, "start_ticks": 1, "namespace": namespace}
+        (folder / leftovers.OWNER).write_text(json.dumps(record))
+    (tmp_path / f"{leftovers.PREFIX}other").mkdir()
+    leftovers.remove_dead_folders()
+    assert not dead.exists()
+    assert mine.exists()
+    assert foreign.exists()
+    assert (tmp_path / f"{leftovers.PREFIX}other").exists()
+    assert mine.stat().st_mode & 0o777 == 0o700
+
+
+def test_only_what_this_command_has_begun_is_gone_on_with(tmp_path):
+    """A run that was there before is neither resumed nor removed because a driver died before it looked."""
+    run, life = RunDir(tmp_path / "run"), Life(restarts=1, since=time.time() - 5)
+    run.path.mkdir()
+    (run.path / "notes.txt").touch()
+    assert training._mode_after(run, "new", life) == "new"
+    run.plan_json.touch()
+    assert training._mode_after(run, "new", life) == "new"
+    assert (run.path / "notes.txt").exists()
+    training.fence(run.path)
+    assert training._mode_after(run, "new", life) == "resume"
+    run.plan_json.unlink()
+    assert training._mode_after(run, "fresh", life) == "fresh"
+    assert not run.path.exists()
