@@ -216,7 +216,8 @@ def _build(plan: Plan, prepared: Prepared, *, world: World, report: Report, posi
         run_dir.write_json(run_dir.env_json, environment())
     name = config.model.path or f"{config.model.init and config.model.init['model_type']} (random weights)"
     job.emit({"event": "model", "name": name, "dtype": config.model.dtype, "fused": unwrap(model).fused} | counts)
-    job.emit({"event": "start", "total_steps": sampler.total_steps, "steps_per_epoch": sampler.steps_per_epoch})
+    size = {"total_steps": sampler.total_steps, "steps_per_epoch": sampler.steps_per_epoch, "world_size": world.size}
+    job.emit({"event": "start"} | size)
     return job
 
 
@@ -242,7 +243,7 @@ def _restore(job: Job) -> int:
     checkpoint.set_rng_state(rng)
     job.samples, job.num_skipped = trainer["samples"], trainer.get("skipped", 0)
     job.metrics.start(trainer["step"])
-    job.emit({"event": "resume", "step": trainer["step"], "path": str(path), "world_size": job.world.size})
+    job.emit({"event": "resume", "step": trainer["step"], "path": str(path)})
     return int(trainer["step"])
 
 

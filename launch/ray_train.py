@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 from ..harness import backoff, goodput, lock
 from ..harness.config import Config
 from ..harness.config_hardware import Ray
+from ..harness.elastic import is_elastic
 from ..harness.errors import BurnishError, DataError, LostError, SupersededError, TrainingError
 from ..harness.plan import Plan, Resources
 from ..harness.run_dir import RunDir
@@ -41,6 +42,8 @@ COLLECTIVE_TIMEOUT_S = 600
 CONTROLLER_FAILURES = 2
 RESIZE_INTERVAL_S = 60.0
 """How often an elastic run looks for room to grow. Growing restarts it from its newest checkpoint."""
+ELASTIC_START_TIMEOUT_S = 20
+"""How long an elastic run waits for the workers it asked for: a dead node counts until Ray's head has noticed."""
 STORAGE = ".ray"
 """Folder in the run directory for Ray's own book-keeping, which burnish does not use."""
 
@@ -129,6 +132,8 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
     env_vars = {"OMP_NUM_THREADS": str(plan.num_threads), "RAY_USAGE_STATS_ENABLED": "0"}
     if plan.device == "cpu":
         env_vars["DS_ACCELERATOR"] = "cpu"
+    if is_elastic(plan.config):
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_TIMEOUT_S)
     return TorchTrainer(
         work,
         train_loop_config={
