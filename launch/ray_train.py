@@ -184,7 +184,7 @@ class FailureLog(UserCallback):
 
 
 def cause_of(run: RunDir, failures: Mapping[int, BaseException]) -> str:
-    """What the workers failed of, in words. One that is gone, or hung, explains the errors of those that wait for it."""
+    """What the workers failed of, in words: one that hung or is gone explains the errors of those that wait for it."""
     events = run.read_jsonl(run.events_jsonl)
     begin = max((number for number, event in enumerate(events) if event.get("event") == goodput.EVENT), default=0)
     hung = [event["rank"] for event in events[begin:] if event.get("event") == "hang"]
