@@ -31,7 +31,7 @@ from .processes import oom_kills
 from .ray_cluster import check_capacity, cluster, cluster_resources
 from .resources import worker_resources
 from .tail import Tail
-from .worker_signals import StoppableTorchConfig
+from .worker_signals import StoppableTorchConfig, ended
 
 if TYPE_CHECKING:
     from ..harness.data.prepare import Prepared
@@ -142,7 +142,9 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             "driver": lock.driver_of(plan.run_dir),
         },
         torch_config=StoppableTorchConfig(
-            timeout_s=max(COLLECTIVE_TIMEOUT_S, round(longest_s(launch.hang_timeout_s))), stop_file=str(run.stop)
+            timeout_s=max(COLLECTIVE_TIMEOUT_S, round(longest_s(launch.hang_timeout_s))),
+            run_dir=plan.run_dir,
+            driver=lock.driver_of(plan.run_dir),
         ),
         scaling_config=ScalingConfig(
             num_workers=launch.max_workers if launch.min_workers == launch.max_workers else launch.num_workers,
@@ -236,6 +238,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         if (fatal := deterministic(error)) and lock.driver_of(run_dir.path) == settings["driver"]:
             write_fatal(run_dir, fatal)
         raise
+    finally:
+        ended(plan.run_dir)
 
 
 def deterministic(error: Exception) -> BurnishError | None:

@@ -7,21 +7,25 @@ SIGTERM. Ray Train's backend runs in the main thread before training starts, aft
 import os
 import signal
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ray.train.torch import TorchConfig
 
+from ..harness.lock import driver_of
+from ..harness.run_dir import RunDir
 from .interrupt import request_stop
+
+_training: dict[str, int] = {}
+"""Run directory -> number of its driver, while this process trains. Ray ends its idle processes with SIGTERM too."""
 
 
 @dataclass
 class StoppableTorchConfig(TorchConfig):
     """TorchConfig whose workers ask for a stop of the whole run on SIGTERM; a second one ends the process."""
 
-    stop_file: str = ""
+    run_dir: str = ""
+    driver: int = 0
 
     @property
     def backend_cls(self) -> type:
@@ -31,15 +35,24 @@ class StoppableTorchConfig(TorchConfig):
 class StoppableTorchBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_training_start(self, worker_group: Any, backend_config: StoppableTorchConfig) -> None:
         super().on_training_start(worker_group, backend_config)
-        worker_group.execute(stop_on_sigterm, backend_config.stop_file)
+        worker_group.execute(stop_on_sigterm, backend_config.run_dir, backend_config.driver)
 
 
-def stop_on_sigterm(stop_file: str) -> None:
-    """Takes SIGTERM in this process; in the main thread only."""
-    signal.signal(signal.SIGTERM, partial(_stop, Path(stop_file)))
+def stop_on_sigterm(run_dir: str, driver: int) -> None:
+    """Takes SIGTERM in this process until `ended`; in the main thread only."""
+    _training[run_dir] = driver
+    signal.signal(signal.SIGTERM, _stop)
 
 
-def _stop(stop_file: Path, number: int, _frame: FrameType | None) -> None:
-    if stop_file.exists():
+def ended(run_dir: str) -> None:
+    """Training is over here, and SIGTERM ends the process; in any thread."""
+    _training.pop(run_dir, None)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    # A zombie stops nobody.
+    asked = [RunDir(path) for path, driver in list(_training.items()) if driver_of(path) == driver]
+    if not asked or any(run.stop.exists() for run in asked):
         os._exit(128 + number)
-    request_stop(stop_file, number)
+    for run in asked:
+        request_stop(run.stop, number)
