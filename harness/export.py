@@ -151,10 +151,24 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is no result of burnish: {RECORD} cannot be read ({error})") from None
 
 
-def load_run(path: str | Path, *, device: str = "cpu") -> LoadedRun:
+def config_of(run: RunDir, *, trusts_code: bool) -> Config:
+    """The run's config. Raises ConfigError where its model brings code that nobody here has said to trust.
+
+    A run directory may come from someone else, and its plan.json with it.
+    """
+    config = run.load_config()
+    if config.model.trust_remote_code and not trusts_code:
+        raise ConfigError(
+            f"the model of {run.path} brings Python code of its own ({config.model.path}); read that code, and add "
+            "--trust-remote-code to run it"
+        )
+    return config
+
+
+def load_run(path: str | Path, *, device: str = "cpu", trusts_code: bool = False) -> LoadedRun:
     """The trained model of a run directory with its processor. Raises ConfigError if there is none."""
     run = RunDir.open(path)
-    config, folder = run.load_config(), run.trained_folder()
+    config, folder = config_of(run, trusts_code=trusts_code), run.trained_folder()
     labels = read_record(folder)["labels"]
     model = load_result(config, folder, labels=labels, device=device)
     return LoadedRun(model, models.load_processor(config), config, labels)
@@ -176,7 +190,7 @@ def prove(plan: Plan, path: Path, batch: Batch, live_loss: float, *, labels: lis
     return {"live": live_loss, "reloaded": reloaded, "difference": difference}
 
 
-def export_run(run_dir: str | Path, format: str, out: str | Path) -> dict[str, Any]:
+def export_run(run_dir: str | Path, format: str, out: str | Path, *, trusts_code: bool = False) -> dict[str, Any]:
     """Exports a run's result and returns {format, path, max_logit_difference, mean_kl, …} against the run's own model.
 
     adapter = the PEFT folder, merged = a Hugging Face checkpoint. Raises ConfigError if `out` is in use or the run has
@@ -184,7 +198,7 @@ def export_run(run_dir: str | Path, format: str, out: str | Path) -> dict[str, A
     """
     run, out = RunDir.open(run_dir), Path(out)
     # Others will run the export without our kernels: that is what it is compared with.
-    config = run.load_config().model_copy(update={"kernels": Kernels(enabled=False)})
+    config = config_of(run, trusts_code=trusts_code).model_copy(update={"kernels": Kernels(enabled=False)})
     source = run.trained_folder()
     if format not in EXPORTS:
         raise ConfigError(f"--format {format}: choose one of {', '.join(EXPORTS)}")

@@ -25,7 +25,7 @@ CERTAIN = (
     re.compile(r"(?<=\bBearer )[^\s\"'\\,;]{8,}", re.IGNORECASE),
     re.compile(r"(?<=://)[^/\s\"'\\@:]*:[^/\s\"'\\@]+(?=@)"),
     re.compile(
-        r"(?<=[?&;])((access_?|auth_?|api_?)?(token|key|password|secret|signature|sig|credential)=)[^&\s\"'\\;#]{4,}",
+        r"(?<=[?&;])[\w.-]{0,40}(token|key|password|secret|signature|sig|credential)=[^&\s\"'\\;#]{4,}",
         re.IGNORECASE,
     ),
 )

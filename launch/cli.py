@@ -81,22 +81,27 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, or its name in runs/")
 
 
-def _eval(parser: argparse.ArgumentParser) -> None:
+def _trained(parser: argparse.ArgumentParser) -> None:
     _run(parser)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that its model brings")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    _trained(parser)
     parser.add_argument(
         "--split", choices=("validation", "test"), action="append", help="default: every split there is"
     )
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
-    _run(parser)
+    _trained(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: generation.max_new_tokens")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 = greedy; default: generation.temperature")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    _run(parser)
+    _trained(parser)
     parser.add_argument("--format", choices=("adapter", "merged"), default="adapter", help="default: adapter")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
 

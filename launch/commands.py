@@ -109,7 +109,7 @@ def evaluate(options: argparse.Namespace, _progress: TextIO) -> Answer:
     from ..harness.evaluate import evaluate as measure
     from ..harness.tasks import get_task
 
-    with loaded(options.run) as run:
+    with loaded(options.run, trusts_code=options.trust_remote_code) as run:
         config, task = run.config, get_task(run.config.task.type)
         prepared = prepare_data(config, os.getcwd(), config.runs_dir)
         found = {}
@@ -140,7 +140,7 @@ def generate(options: argparse.Namespace, _progress: TextIO) -> Answer:
     from ..harness.generate import generate as answer_all
     from ..harness.tasks import get_task
 
-    with loaded(options.run) as run:
+    with loaded(options.run, trusts_code=options.trust_remote_code) as run:
         changes = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
         config = changed_generation(RunDir.open(options.run), changes)
         prompts: list[Any] = options.prompt or own_prompts(options.run)
@@ -154,7 +154,7 @@ def export(options: argparse.Namespace, _progress: TextIO) -> Answer:
 
     run, out = RunDir.open(options.run).path.resolve(), Path(options.out).absolute()
     with working_folder(run):
-        result = export_run(run, options.format, out)
+        result = export_run(run, options.format, out, trusts_code=options.trust_remote_code)
     difference, largest, kl = (result[key] for key in ("max_logit_difference", "max_logit", "mean_kl"))
     text = (
         f"{result['path']}: {options.format}, reloaded; largest logit difference to the run {difference:.3g} "
@@ -229,7 +229,7 @@ def split_config(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 @contextlib.contextmanager
-def loaded(path: str) -> Iterator["LoadedRun"]:
+def loaded(path: str, *, trusts_code: bool) -> Iterator["LoadedRun"]:
     """The trained model of a run, with the current folder where the run was started: its paths are relative to it."""
     import torch
 
@@ -237,7 +237,8 @@ def loaded(path: str) -> Iterator["LoadedRun"]:
 
     run = RunDir.open(path).path.resolve()
     with working_folder(run):
-        yield load_run(run, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        yield load_run(run, device=device, trusts_code=trusts_code)
 
 
 def working_folder(run: Path) -> contextlib.AbstractContextManager[Any]:
