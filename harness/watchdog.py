@@ -17,18 +17,20 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from .backoff import Phase
 from .plan import Plan
 from .run_dir import RunDir, read_json
 
+Item = TypeVar("Item")
 BEAT_S = 1.0
-PATIENCE = {"load": 4.0, "first_step": 4.0, "evaluation": 4.0, "save": 4.0, "finish": 8.0}
-"""Times hang_timeout_s: compiling and reading ahead in the first step; rank 0 alone writes, generates and proves."""
+PATIENCE = {"load": 8.0, "first_step": 4.0, "evaluation": 4.0, "save": 8.0, "finish": 8.0}
+"""Times hang_timeout_s: the first step compiles and follows answers to prompts, evaluation may have larger batches, and
+rank 0 alone writes, generates and proves."""
 EXIT_CODE = 71
 GRACE_S = 5.0
 """After it a watchdog in C, which needs no interpreter lock, ends a process whose own thread cannot."""
@@ -155,6 +157,12 @@ class Position:
         if self.watchdog is not None:
             is_first = self.phase == "step" and self.step == self.first_step
             self.watchdog.note("first_step" if is_first else self.phase, step=self.step)
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; each is progress."""
+        for item in items:
+            self.progress()
+            yield item
 
 
 def watched(plan: Plan, rank: int) -> contextlib.AbstractContextManager[Watchdog | None]:

@@ -338,13 +338,9 @@ def _evaluate(job: Job, split: str, *, step: int) -> dict[str, float]:
     store_dir = getattr(job.prepared, split)
     if store_dir is None:
         return {}
-    batches = _eval_batches(
-        job,
-        store_dir,
-        rank=job.world.rank,
-        world_size=job.world.size,
-        max_examples=job.plan.config.eval.max_examples,
-    )
+    world, most = job.world, job.plan.config.eval.max_examples
+    batches = _eval_batches(job, store_dir, rank=world.rank, world_size=world.size, max_examples=most)
+    batches = job.position.each(batches)
     with job.during("evaluation"):
         metrics = evaluate(job.engine.module, batches, job.task, job.plan.config, reduce=job.engine.all_reduce_sum)
     job.log({"kind": "eval", "split": split, "step": step} | metrics)
