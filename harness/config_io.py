@@ -20,8 +20,8 @@ CHOICES: dict[Path, str] = {
 }
 """Sections that are a choice -> the key that chooses; another choice replaces the section."""
 NO_SECRETS = (
-    "this holds a secret, which would be written into the run directory; remove it, and leave keys and passwords to the "
-    "environment or to the files that their libraries read (hf auth login, ~/.netrc, ~/.aws)"
+    "this holds a secret, which would be written into the run directory; remove it, and leave keys and passwords to "
+    "the environment or to the files that their libraries read (hf auth login, ~/.netrc, ~/.aws)"
 )
 TAGS: dict[Path, str] = CHOICES | {("model", "init"): "model_type"}
 

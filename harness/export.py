@@ -212,11 +212,14 @@ def export_run(run_dir: str | Path, format: str, out: str | Path, *, trusts_code
 def _check_out(out: Path) -> None:
     """Raises ConfigError unless the folder can be new: it is not there, or empty."""
     try:
-        if not os.path.lexists(out) or (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
-            return
+        out.lstat()
+        is_new = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    except FileNotFoundError:
+        return
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out {str(out)[:100]!r} cannot be a folder: {error}") from None
-    raise ConfigError(f"--out {out} exists and is not an empty folder; choose another folder")
+    if not is_new:
+        raise ConfigError(f"--out {out} exists and is not empty, or is no folder; choose another one")
 
 
 def _export_adapter(config: Config, source: Path, folder: Path, labels: list[str] | None) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _files(root: Path) -> list[Path]:
 def _is_readable_folder(folder: Path) -> bool:
     try:
         return next(folder.iterdir(), None) is not None
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return False
 
 

@@ -20,6 +20,7 @@ LAYERS = ("bench", "harness", "kernels", "launch")
 NOT_IMPORTED = {
     "accelerate": "transformers loads quantised weights with it, and peft imports it",
     "gguf": "transformers reads GGUF files with it",
+    "jinja2": "transformers renders chat templates with it",
     "tensorboard": "torch.utils.tensorboard writes with it",
 }
 """Requirements that our sources do not import, and who does."""

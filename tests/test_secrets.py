@@ -113,7 +113,7 @@ def test_no_canary_leaves_a_run_by_any_channel(monkeypatch, tmp_path, capsys):
         assert main(["train", str(config), *overrides]) == 2
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(tiny.run_config(tmp_path) | {"seed": MODEL}))
     assert main(["train", str(tmp_path / "bad.yaml")]) == 2
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "tiny").exists()
 
     def fail():
         words = (

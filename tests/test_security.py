@@ -172,4 +172,4 @@ def test_a_version_that_is_too_old_stops_a_run_at_its_start(monkeypatch, tmp_pat
     config = tiny.write_config(tmp_path)
     assert main(["train", str(config)]) == 2
     assert "ray 2.54.0 is older than 2.60" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "tiny").exists()

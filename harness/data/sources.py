@@ -167,7 +167,10 @@ def find_parts(source: Source, cwd: str) -> list[Part]:
     if os.path.isfile(path):
         return [_file_part(path, cwd)]
     if has_magic(path):
-        return [_file_part(file, cwd) for file in sorted(glob(path, recursive=True)) if os.path.isfile(file)]
+        matches = [file for file in sorted(glob(path, recursive=True)) if os.path.isfile(file)]
+        if not matches:
+            raise ConfigError(f"{source.path}: matches no file")
+        return [_file_part(file, cwd) for file in matches]
     return [_dataset_part(source, None)]
 
 
