@@ -62,8 +62,8 @@ def load_config(paths: Sequence[str], overrides: Sequence[str] = ()) -> Config:
             _add_override(layers, override)
         except ValueError as error:
             layers.mistakes.append(f"command line: {error}")
-    for path in dict.fromkeys(secrets_in(layers.raw)):
-        layers.mistakes.append(f"{layers.place(path)}{dotted(path)}: {NO_SECRETS}")
+    for keys in dict.fromkeys(secrets_in(layers.raw)):
+        layers.mistakes.append(f"{layers.place(keys)}{dotted(keys)}: {NO_SECRETS}")
     raw = {key: value for key, value in layers.raw.items() if value is not None or key not in Config.model_fields}
     try:
         config = Config.model_validate(raw)
