@@ -1,8 +1,10 @@
 """Whole runs on several ranks without Ray: a pool of processes joined by gloo, each calling worker.run."""
 
+import json
 import os
 import signal
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,12 +23,13 @@ TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its plan and data, and the step after which every rank kills itself, or is asked to stop."""
+    """One run: its plan and data, the step after which every rank kills itself, or is asked to stop, and its faults."""
 
     plan: dict[str, Any]
     prepared: dict[str, Any]
     kill_after_step: int | None = None
     stop_after_step: int | None = None
+    faults: tuple[dict[str, Any], ...] = ()
 
 
 def make_job(
@@ -35,6 +38,7 @@ def make_job(
     world: int,
     kill_after_step: int | None = None,
     stop_after_step: int | None = None,
+    faults: Sequence[dict[str, Any]] = (),
     mode: str = "new",
     **changes: Any,
 ) -> Job:
@@ -48,7 +52,7 @@ def make_job(
     run = RunDir.create(run_dir, mode=mode)
     run.write_json(run.plan_json, plan.to_dict())
     prepared = prepare_data(config, str(folder), config.runs_dir)
-    return Job(plan.to_dict(), prepared.to_dict(), kill_after_step, stop_after_step)
+    return Job(plan.to_dict(), prepared.to_dict(), kill_after_step, stop_after_step, tuple(faults))
 
 
 def run_job(job: Job, rank: int, world: int) -> None:
@@ -56,6 +60,7 @@ def run_job(job: Job, rank: int, world: int) -> None:
     from burnish.harness.data.prepare import Prepared
     from burnish.harness.engine import World
     from burnish.harness.errors import Interrupted
+    from burnish.harness.faults import VARIABLE, disarm
     from burnish.harness.worker import run
 
     plan = Plan.from_dict(job.plan)
@@ -66,6 +71,8 @@ def run_job(job: Job, rank: int, world: int) -> None:
         if record.get("kind") == "train" and record["step"] == job.stop_after_step:
             RunDir(plan.run_dir).stop.touch()
 
+    disarm()
+    os.environ[VARIABLE] = json.dumps(job.faults)
     world_info = World(rank=rank, local_rank=rank, size=world, device="cpu")
     try:
         run(plan, Prepared.from_dict(job.prepared), world=world_info, report=report)

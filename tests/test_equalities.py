@@ -3,7 +3,10 @@
 import random
 
 import pytest
+import torch
+from burnish.harness.run_dir import RunDir
 from ranks import KILLED, RankPool, losses, make_job, run_job
+from safetensors.torch import load_file
 
 LORA_DROPOUT = {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
 
@@ -82,6 +85,49 @@ def test_qlora_gives_equal_losses_at_stages_0_2_and_3(pair, tmp_path):
         assert found == pytest.approx(reference, rel=1e-4), stage
 
 
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.nightly), 2, 3])
+def test_2_then_1_then_2_workers_give_the_losses_of_2(pair, single, tmp_path, stage):
+    """The state is gathered when it is saved, so that any group loads it; with dropout."""
+    changes = {
+        "launch": {"type": "ray", "num_workers": [1, 2]},
+        "adapter": LORA_DROPOUT,
+        "memory__zero_stage": stage,
+        "train": {"max_steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+    }
+    expected = run(pair, tmp_path, "fixed", **changes)
+    for pool, stop, mode in ((pair, 3, "new"), (single, 7, "resume"), (pair, None, "resume")):
+        job = make_job(tmp_path, world=2, name="elastic", mode=mode, stop_after_step=stop, **changes)
+        assert pool.run(job) is None
+    found = losses(job)
+    assert found[:4] == expected[:4]
+    assert found != expected, "one rank adds gradients in another order: nothing has changed"
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert expected[-1] != pytest.approx(expected[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_nan_in_one_rank_makes_every_rank_skip_the_step_and_changes_nothing(pair, tmp_path, stage):
+    changes = {
+        "adapter": LORA_DROPOUT,
+        "memory__zero_stage": stage,
+        "checkpoint": {"every_steps": 1, "keep": 6},
+        "train": {"max_steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1},
+    }
+    faults = [{"rank": 1, "step": 3, "point": "step", "action": "nan"}]
+    job = make_job(tmp_path, world=2, name="nan", faults=faults, **changes)
+    assert pair.run(job) is None
+    folder = RunDir(job.plan["run_dir"])
+    records = [record for record in folder.read_jsonl(folder.metrics_jsonl) if record["kind"] == "train"]
+    assert [record["skipped"] for record in records] == [False, False, True, False, False]
+    events = [event for event in folder.read_jsonl(folder.events_jsonl) if event["event"] == "skipped_step"]
+    assert [(event["step"], event["num_skipped"]) for event in events] == [(3, 1)]
+    states = [load_file(folder.checkpoints / f"step_{step:08d}" / "state_00000.safetensors") for step in (2, 3, 4)]
+    before, at, after = states
+    assert all(torch.equal(before[name], at[name]) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(pair, single, tmp_path, stage):
     """Stage 0 is the inline engine; the kill is SIGKILL of rank 0 between two checkpoints."""
@@ -104,7 +150,6 @@ def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(pair, single, tmp_pat
 def test_an_interrupted_run_has_its_checkpoint_and_its_own_process_can_finish_it(tmp_path):
     """The stop file is read before every step; here it is there from the start."""
     from burnish.harness.errors import Interrupted
-    from burnish.harness.run_dir import RunDir
 
     job = make_job(tmp_path, world=1, name="stopped", adapter=LORA_DROPOUT)
     stop = RunDir(job.plan["run_dir"]).stop
