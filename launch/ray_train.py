@@ -228,6 +228,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         size=context.get_world_size(),
         device=plan.device,
     )
+    if world.rank == 0:
+        note_resize(run_dir, world.size)
     try:
         prepared = Prepared.from_dict(settings["prepared"])
         driver = settings["driver"]
@@ -240,6 +242,16 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         raise
     finally:
         ended(plan.run_dir)
+
+
+def note_resize(run: RunDir, num_workers: int) -> None:
+    """Writes the restart of a group of workers that replaces one that did not fail: the cluster has another size."""
+    events = run.read_jsonl(run.events_jsonl)
+    openings = ("plan", goodput.EVENT, backoff.EVENT)
+    begin = max((number for number, event in enumerate(events) if event.get("event") in openings), default=0)
+    if started := [event for event in events[begin:] if event.get("event") == "start"]:
+        cause = f"resized from {started[-1]['world_size']} to {num_workers} workers"
+        run.append_jsonl(run.events_jsonl, goodput.restart_event(run, cause=cause))
 
 
 def deterministic(error: Exception) -> BurnishError | None:

@@ -128,6 +128,19 @@ def test_a_nan_in_one_rank_makes_every_rank_skip_the_step_and_changes_nothing(pa
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.nightly)])
+def test_a_rank_that_sleeps_in_every_step_is_named_within_20_steps(pair, tmp_path, stage):
+    faults = [{"rank": 1, "point": "step", "action": "sleep", "seconds": 0.1}]
+    train = {"max_steps": 25, "global_batch_size": 8, "micro_batch_size": 4, "num_threads": 1}
+    job = make_job(tmp_path, world=2, name="slow", faults=faults, memory__zero_stage=stage, train=train)
+    assert pair.run(job) is None
+    folder = RunDir(job.plan["run_dir"])
+    [event] = [event for event in folder.read_jsonl(folder.events_jsonl) if event["event"] == "straggler"]
+    assert event["rank"] == 1
+    assert event["step"] <= 20
+    assert event["ratio"] > 2
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(pair, single, tmp_path, stage):
     """Stage 0 is the inline engine; the kill is SIGKILL of rank 0 between two checkpoints."""

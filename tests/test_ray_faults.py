@@ -185,6 +185,9 @@ def test_a_run_shrinks_with_a_lost_node_and_grows_with_another(tmp_path, monkeyp
     shrunk_s, grown_s = resumed[0] - times["removed"], resumed[1] - times["added"]
     print(f"stage {stage}: shrunk after {shrunk_s:.1f} s, grew after {grown_s:.1f} s")
     assert worlds(run) == [2, 1, 2]
+    restarts = [event for event in run.read_jsonl(run.events_jsonl) if event["event"] == "restart"]
+    assert [event["cause"] for event in restarts][-1] == "resized from 1 to 2 workers"
+    assert all(event["lost_steps"] <= EVERY_STEPS for event in restarts), restarts
     assert max(abs(a / b - 1) for a, b in zip(losses(run), losses(expected), strict=True)) < 1e-6
 
 
