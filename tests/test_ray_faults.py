@@ -24,8 +24,11 @@ EVERY_STEPS = 5
 HANG_TIMEOUT_S = 4
 SAVES = ("save.before_fsync", "save.after_part")
 """Points that both ranks reach; those of rank 0 alone are in test_checkpoint_faults."""
-FEW = (("kill", "step"), ("stop", "step"), ("kill", SAVES[1]), ("segv", "step"), ("term", "step"))
-MANY = (*FEW, ("abrt", "step"), ("kill", SAVES[0]), ("kill", "step"), ("exit", "step"), ("raise", "step"))
+FEW = (("segv", "step"), ("stop", "step"), ("kill", SAVES[1]))
+MANY = (
+    *(*FEW, ("kill", "step"), ("term", "step"), ("abrt", "step"), ("kill", SAVES[0]), ("exit", "step")),
+    *(("raise", "step"), ("kill", "step")),
+)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 
 
@@ -110,7 +113,7 @@ def check(tmp_path, monkeypatch, *, stage, kinds, seed):
     return took
 
 
-def test_a_run_with_five_faults_is_the_undisturbed_run(tmp_path, monkeypatch):
+def test_a_run_with_three_faults_is_the_undisturbed_run(tmp_path, monkeypatch):
     took = check(tmp_path, monkeypatch, stage=2, kinds=FEW, seed=6)
     assert max(took.values()) < 40  # the goals are 20 s, and hang_timeout_s + 20 s; other work may share the cores
 
