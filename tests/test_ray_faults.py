@@ -21,7 +21,7 @@ from ranks import RankPool, make_job
 from safetensors import safe_open
 
 EVERY_STEPS = 5
-HANG_TIMEOUT_S = 4
+HANG_TIMEOUT_S = 6
 SAVES = ("save.before_fsync", "save.after_part")
 """Points that both ranks reach; those of rank 0 alone are in test_checkpoint_faults."""
 FEW = (("segv", "step"), ("stop", "step"), ("kill", SAVES[1]))
@@ -115,7 +115,7 @@ def check(tmp_path, monkeypatch, *, stage, kinds, seed):
 
 def test_a_run_with_three_faults_is_the_undisturbed_run(tmp_path, monkeypatch):
     took = check(tmp_path, monkeypatch, stage=2, kinds=FEW, seed=6)
-    assert max(took.values()) < 40  # the goals are 20 s, and hang_timeout_s + 20 s; other work may share the cores
+    assert max(took.values()) < 60  # the goals are 20 s, and hang_timeout_s + 20 s; other work may share the cores
 
 
 @pytest.mark.nightly
