@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._raylet import Config as RayConfig
 from ray.exceptions import RayError
 
 from ..harness.config import Config
@@ -39,11 +40,13 @@ SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
-"""Read by Ray when it starts. A dead worker is noticed in half a second; missing capacity ends in an error."""
+"""Read by Ray when it starts. A dead worker is noticed in half a second, a dead head in ten seconds; workers that the
+cluster has no room for end in an error."""
 
 
 def cluster_resources(config: Config) -> Resources:
@@ -92,7 +95,7 @@ def check_capacity(launch: Ray, wanted: dict[str, float]) -> None:
 def _connect(address: str) -> None:
     if ray.is_initialized():
         return
-    os.environ.update(SETTINGS)
+    _apply(SETTINGS)
     if not is_token_auth_enabled():
         raise ConfigError(
             f"launch.address={address}: a cluster without token authentication runs the code of whoever reaches it; "
@@ -113,7 +116,7 @@ def _start(resources: Resources, folder: Path) -> None:
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(_token())
     # Whatever the user's environment says: nobody talks to this cluster without its token, which is not in the home.
-    os.environ.update(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    _apply(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     _init(
         address="local",
         num_cpus=resources.num_cpus,
@@ -122,6 +125,12 @@ def _start(resources: Resources, folder: Path) -> None:
         include_dashboard=False,
         _temp_dir=str(folder),
     )
+
+
+def _apply(settings: dict[str, str]) -> None:
+    """For the processes that Ray starts, and for this one, which read its environment when Ray was imported."""
+    os.environ.update(settings)
+    RayConfig.initialize("")
 
 
 def _init(**options: Any) -> None:
