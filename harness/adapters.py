@@ -304,7 +304,7 @@ def _check_adapter_config(folder: str) -> None:
         saved = json.loads(file.read_text(encoding="utf-8"))
         usual = LoraConfig().to_dict()
         strange = sorted(key for key in saved.keys() - OWN_SETTINGS if saved[key] != usual.get(key))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     if strange:
         raise ConfigError(f"{file} sets {', '.join(strange[:5])[:200]}, which burnish does not write; it is not loaded")

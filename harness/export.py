@@ -147,7 +147,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not (folder / RECORD).is_file():
             raise OSError("it is no file")
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{folder} is no result of burnish: {RECORD} cannot be read ({error})") from None
 
 

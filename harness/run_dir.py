@@ -18,6 +18,7 @@ from typing import Any, Literal
 from .config import Config
 from .config_types import NAME_PATTERN
 from .errors import ConfigError
+from .paths import check_entries
 from .plan import Plan
 from .redact import redact
 
@@ -103,6 +104,7 @@ class RunDir:
         candidates = [cls(path), cls(Path("runs") / path)]
         for run in candidates:
             if run.is_run:
+                check_entries(run.path)
                 return run
         known = sorted(folder.name for folder in Path("runs").glob("*") if cls(folder).is_run)
         hint = f"; there is {', '.join(known[:8])} in runs/" if known else ""
@@ -114,7 +116,7 @@ class RunDir:
             return Plan.from_dict(json.loads(self.plan_json.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise ConfigError(f"{self.path} has no plan.json: the run ended before it was planned") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{self.plan_json} is not a plan of this version of burnish: {reason}") from None
 
@@ -195,7 +197,7 @@ def read_json(path: str | Path, default: Any = None) -> Any:
     """The file's value, or `default` if the file is missing or no JSON."""
     try:
         return json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return default
 
 
@@ -218,7 +220,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)

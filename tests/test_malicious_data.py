@@ -251,6 +251,17 @@ def test_a_run_directory_full_of_pickles_trains_on_and_answers(tmp_path, canary,
     assert not (tmp_path / "merged" / "optimizer.pt").exists()
 
 
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "samples.json", "env.json", "adapter/burnish.json"])
+@pytest.mark.parametrize("kind", ["pipe", "deep"])
+def test_a_run_of_someone_else_cannot_make_its_reader_hang(tmp_path, canary, capsys, name, kind):
+    _, run, *_ = finished_run("llama", tmp_path)
+    (run.path / name).unlink(missing_ok=True)
+    os.mkfifo(run.path / name) if kind == "pipe" else (run.path / name).write_text("[" * 10**6)
+    for command in ("report", "eval"):
+        assert main([command, str(run.path)]) in (0, 2, 4)
+        assert "unexpected" not in capsys.readouterr().err
+
+
 def test_a_run_of_someone_else_cannot_say_that_its_code_is_trusted(tmp_path, canary, capsys):
     plan, run, *_ = finished_run("llama", tmp_path)
     saved = plan.to_dict()

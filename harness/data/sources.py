@@ -255,7 +255,7 @@ def _check_dataset_folder(path: str, folder: Path) -> None:
             if not state.is_file() or state.stat().st_size > MAX_STATE_BYTES:
                 raise ValueError("no file of JSON")
             named = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is no readable datasets folder: {state.name}: {str(error)[:200]}") from None
         for name in named:
             if os.path.basename(str(name)) != name or not (state.parent / name).is_file():
