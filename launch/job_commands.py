@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -39,14 +40,14 @@ def submit(options: argparse.Namespace, progress: TextIO) -> Answer:
     config = on_cluster(load_config(*split_config(options.config)))
     if options.manifest is not None:
         return _manifest(config, options.manifest)
-    from .jobs import connect, free_name
-
     check_places(config)
     folder = Path(options.working_dir or ".").resolve()
-    server = connect(options.address)
+    server = _server(options)
+    from .jobs import free_name
+
     name = free_name(options.name or config.name, server.jobs())
     plan = plan_for(config, server.nodes())
-    _show_plan(plan, progress)
+    _show_plan(plan, server.url, progress)
     with tempfile.TemporaryDirectory(prefix="burnish-submit-") as temporary:
         staged, package = Path(temporary, "files"), Path(temporary, "package")
         staged.mkdir()
@@ -75,9 +76,7 @@ def submit(options: argparse.Namespace, progress: TextIO) -> Answer:
 
 def jobs(options: argparse.Namespace, _progress: TextIO) -> Answer:
     """The jobs that the cluster remembers."""
-    from .jobs import connect
-
-    found = connect(options.address).jobs()
+    found = _server(options).jobs()
     rows = [("JOB", "STATUS", "STARTED", "TOOK", "RUN")]
     rows += [(job.id, job.status, _clock(job.start), _took(job), job.metadata.get("run_dir", "")) for job in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -87,9 +86,7 @@ def jobs(options: argparse.Namespace, _progress: TextIO) -> Answer:
 
 def status(options: argparse.Namespace, _progress: TextIO) -> Answer:
     """One job, and the last lines that it printed."""
-    from .jobs import connect
-
-    server = connect(options.address)
+    server = _server(options)
     job = server.job(options.job)
     last = [line for line in server.logs(job.id).splitlines() if line.strip()][-LAST_LINES:]
     lines = [f"{job.id}  {job.status}", f"  {'started':<10}{_clock(job.start)}, {_took(job)}"]
@@ -102,9 +99,7 @@ def status(options: argparse.Namespace, _progress: TextIO) -> Answer:
 
 def logs(options: argparse.Namespace, progress: TextIO) -> Answer:
     """What a job prints; with -f until it ends, and then with its exit code."""
-    from .jobs import connect
-
-    server = connect(options.address)
+    server = _server(options)
     if options.follow:
         return _followed(server, server.job(options.job).id, progress, {"job": options.job})
     text = server.logs(options.job)
@@ -113,9 +108,7 @@ def logs(options: argparse.Namespace, progress: TextIO) -> Answer:
 
 def stop(options: argparse.Namespace, progress: TextIO) -> Answer:
     """Asks a job to write a checkpoint and end, and waits until it has."""
-    from .jobs import connect
-
-    server = connect(options.address)
+    server = _server(options)
     before = server.job(options.job)
     if before.has_ended:
         return Answer(asdict(before), f"{before.id} has ended already: {before.status}")
@@ -123,6 +116,14 @@ def stop(options: argparse.Namespace, progress: TextIO) -> Answer:
     job = server.stop(before.id)
     again = "; submit the same config again to go on from its newest checkpoint" if "run" in job.metadata else ""
     return Answer(asdict(job), f"{job.id}: {job.status}{again}")
+
+
+def _server(options: argparse.Namespace) -> "Server":
+    # Ray reads the mode when it is imported, and without one keeps the token to itself.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from .jobs import connect
+
+    return connect(options.address)
 
 
 def on_cluster(config: Config) -> Config:
@@ -170,8 +171,10 @@ def _amount(name: str, amount: float) -> str:
     return f"{size(amount)} memory" if name == "memory" else f"{amount:g} {name}"
 
 
-def _show_plan(plan: Plan, progress: TextIO) -> None:
+def _show_plan(plan: Plan, url: str, progress: TextIO) -> None:
     from .progress import Progress
+
+    plan = replace(plan, config=with_values(plan.config, {"launch.address": url}))
 
     display = Progress(progress)
     display.report({"event": "plan", "plan": plan})

@@ -1,7 +1,7 @@
 """The job server of a Ray cluster: reaching it, what the cluster has, and the jobs on it. Nothing here trains.
 
-Ray finds the token by itself (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token) and sends it as a header; it is
-never read or shown here.
+With RAY_AUTH_MODE=token, set before this module is imported, Ray finds the token by itself (RAY_AUTH_TOKEN,
+RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token) and sends it as a header; it is never read or shown here.
 """
 
 import asyncio
@@ -35,6 +35,13 @@ NOWHERE = "http://nowhere.invalid"
 """Stands for an address until Ray puts RAY_API_SERVER_ADDRESS or RAY_ADDRESS in its place."""
 STOP_WAIT_S = 90
 """Between SIGTERM and SIGKILL of a job that is stopped: time for a step and a checkpoint."""
+LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.authentication.http_token_authentication",
+    "ray._private.runtime_env.packaging",
+)
+"""They tell of uploads and tokens in the middle of the output."""
 ENDED = {JobStatus.SUCCEEDED: 0, JobStatus.FAILED: 5, JobStatus.STOPPED: 130}
 """Final states, and the exit code of who waits for a job whose own is not known."""
 SETUP = "docs/clusters.md says how to set one up"
@@ -80,13 +87,11 @@ def connect(address: str | None) -> "Server":
     Raises ConfigError if there is none, if it refuses the token, and if it asks for none: then anyone who can reach it
     can run code there.
     """
-    # Without a mode Ray keeps the token to itself; and the variables would win over an address that is given.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # The variables would win over an address that is given.
     if address is not None:
         os.environ["RAY_API_SERVER_ADDRESS"] = address = _checked(address)
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray._private.authentication.http_token_authentication").setLevel(logging.ERROR)
     try:
         url = get_address_for_submission_client(NOWHERE).rstrip("/")
     except (RayError, OSError, RuntimeError, ValueError) as error:
@@ -149,31 +154,34 @@ class Server:
     def follow(self, name: str, write: Callable[[str], None]) -> Job:
         """Hands on what the job prints until it ends; a connection that breaks is made again where it broke."""
         job, seen, tries = self.job(name), 0, 0
+
+        def fresh(text: str, *, start: int) -> None:
+            nonlocal seen
+            if start + len(text) > seen:
+                write(text[max(0, seen - start) :])
+                seen = start + len(text)
+
         while True:
             before = seen
             try:
-                seen = asyncio.run(self._tail(name, write, seen))
+                asyncio.run(self._tail(name, fresh))
             except (OSError, RuntimeError, aiohttp.ClientError) as error:
                 if tries == FOLLOW_TRIES:
                     raise TrainingError(
                         f"the logs of {name} cannot be followed ({_line(error)}); the job goes on: see its status"
                     ) from None
-                time.sleep(POLL_S)
             job = self.job(name)
             if job.has_ended:
                 return job
             tries = tries + 1 if seen == before else 0
             time.sleep(POLL_S)
 
-    async def _tail(self, name: str, write: Callable[[str], None], skip: int) -> int:
-        """Characters of the log that are known at the end; the first `skip` are not written again."""
-        seen = 0
+    async def _tail(self, name: str, take: Callable[..., None]) -> None:
+        """Hands on the log from its beginning, each piece with the number of characters before it."""
+        start = 0
         async for text in self.client.tail_job_logs(name):
-            fresh = text[max(0, skip - seen) :]
-            seen += len(text)
-            if fresh:
-                write(fresh)
-        return max(seen, skip)
+            take(text, start=start)
+            start += len(text)
 
     def wait(self, name: str, *, timeout_s: float) -> Job:
         """The job once it has ended, or as it is after so long."""
@@ -203,8 +211,8 @@ def explained(url: str, *, job: str = "", known: Callable[[], list[str]] = list)
     except BurnishError:
         raise
     except AuthenticationError as error:
-        is_missing = "401" in str(error) or "required" in str(error)
-        raise ConfigError(_unauthorised(url, is_missing=is_missing)) from None
+        is_refused = "Authentication failed" in str(error)
+        raise ConfigError(_unauthorised(url, is_refused=is_refused)) from None
     except (RayStateApiException, RayError, RuntimeError, ValueError, OSError, aiohttp.ClientError) as error:
         text = _line(error)
         if "status code 404" in text and job:
@@ -283,13 +291,13 @@ def _refuse_open(url: str) -> None:
     )
 
 
-def _unauthorised(url: str, *, is_missing: bool) -> str:
-    if is_missing:
-        return (
-            f"{url} asks for a token and none was sent (401); put the cluster's token into a file of mode 0600 and set "
-            "RAY_AUTH_TOKEN_PATH to it"
-        )
-    return f"{url} refuses the token (403); RAY_AUTH_TOKEN_PATH must name a file with the token of this cluster"
+def _unauthorised(url: str, *, is_refused: bool) -> str:
+    if is_refused:
+        return f"{url} refuses the token (403); RAY_AUTH_TOKEN_PATH must name a file with the token of this cluster"
+    return (
+        f"{url} asks for a token (401) and there is none here; put the cluster's token into a file of mode 0600 and "
+        "set RAY_AUTH_TOKEN_PATH to it"
+    )
 
 
 def _line(error: Any) -> str:

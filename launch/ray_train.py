@@ -28,6 +28,7 @@ from ..harness.watchdog import longest_s
 from .attempts import killed
 from .failures import fatal_error, first_line, raise_fatal, write_fatal, write_traceback
 from .processes import oom_kills
+from .preflight import require
 from .ray_cluster import check_capacity, cluster, cluster_resources
 from .resources import worker_resources
 from .tail import Tail
@@ -116,11 +117,13 @@ class Outcome:
 
 @contextlib.contextmanager
 def session(plan: Plan, resources: Resources) -> Iterator[Session]:
-    """Raises InfeasibleError if the cluster can never run the workers."""
+    """Raises InfeasibleError if the cluster can never run the workers, or its nodes differ in what the run needs."""
     launch = plan.config.launch
     assert isinstance(launch, Ray), launch
     with cluster(launch, resources):
         check_capacity(launch, worker_resources(launch, plan.device))
+        if launch.address is not None:
+            require(plan.config)
         try:
             yield Session(plan, launch)
         finally:

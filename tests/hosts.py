@@ -193,6 +193,7 @@ def main():
     parser.add_argument("--folder", help="logs and shared storage; default: a temporary one that is removed")
     parser.add_argument("command", nargs="+", help="what to run in the host without Ray")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
         folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory())
         hosts = stack.enter_context(Hosts(folder, num_hosts=options.hosts, num_cpus=options.cpus))

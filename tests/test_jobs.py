@@ -1,0 +1,478 @@
+"""Jobs on a Ray cluster: what is asked of its job server, what travels, and every mistake as one sentence.
+
+A fake client stands for the server, a small HTTP server for what Ray's own client meets. test_clusters has real ones.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from burnish.harness.config_hardware import Ray
+from burnish.harness.config_io import load_config
+from burnish.harness.errors import BurnishError, ConfigError, InfeasibleError, Interrupted, TrainingError
+from burnish.launch import job_commands, job_entry, jobs, staging
+from burnish.launch.cli import main
+from burnish.launch.jobs import Job, Node, Server, free_name
+from ray.job_submission import JobStatus
+
+URL = "http://10.0.0.1:8265"
+TOKEN = "a7" * 32
+
+
+class FakeClient:
+    """Remembers what it is asked. `logs` are what each job prints, by the end of its id."""
+
+    def __init__(self, **statuses):
+        self.found = {name: details(name, status) for name, status in statuses.items()}
+        self.submitted, self.logs, self.tails, self.stopped = [], {}, [], []
+
+    def list_jobs(self):
+        return list(self.found.values())
+
+    def get_job_info(self, name):
+        if name not in self.found:
+            raise RuntimeError(f"Request failed with status code 404: Job {name} does not exist.")
+        return self.found[name]
+
+    def submit_job(self, **asked):
+        folder, modules = asked["runtime_env"]["working_dir"], asked["runtime_env"].get("py_modules", [])
+        files = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        config = yaml.safe_load(Path(folder, "config.yaml").read_text())
+        shipped = sorted(str(path) for module in modules for path in Path(module).rglob("*.py"))
+        self.submitted.append(asked | {"files": files, "config": config, "shipped": shipped})
+        self.found[asked["submission_id"]] = details(asked["submission_id"], "SUCCEEDED")
+        return asked["submission_id"]
+
+    def get_job_logs(self, name):
+        self.get_job_info(name)
+        return next((text for end, text in self.logs.items() if name.endswith(end)), "")
+
+    async def tail_job_logs(self, name):
+        for piece in self.tails.pop(0) if self.tails else [self.get_job_logs(name)]:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+    def stop_job(self, name):
+        self.stopped.append(name)
+        self.found[name] = details(name, "STOPPED")
+
+
+def details(name, status, **changes):
+    fields = {
+        "submission_id": name,
+        "job_id": None,
+        "status": JobStatus(status),
+        "message": "",
+        "start_time": 1_000,
+        "end_time": 61_000 if status in jobs.ENDED else None,
+        "driver_exit_code": None,
+        "driver_info": None,
+        "entrypoint": "sh",
+        "metadata": {"run": "tiny", "run_dir": "/mnt/runs/tiny"},
+        "runtime_env": {"env_vars": {"SECRET": TOKEN}},
+    }
+    return SimpleNamespace(**fields | changes)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster of two nodes with a core each; returns the client that the verbs speak to."""
+    client, seen = FakeClient(), {}
+    two = [{"node_ip": f"10.0.0.{n}", "resources_total": {"CPU": 1.0, "memory": 2.0**33}} for n in (2, 1)]
+    monkeypatch.setattr(jobs, "list_nodes", lambda *_, **__: two)
+    monkeypatch.setattr(jobs, "connect", lambda address: seen.update(address=address) or Server(URL, client))
+    monkeypatch.setattr(job_commands, "planned", lambda config, resources: SimpleNamespace(plan=None, choice=None))
+    monkeypatch.setattr(job_commands, "_show_plan", lambda *_: None)
+    monkeypatch.setattr(jobs, "POLL_S", 0.0)
+    return client
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A config in the current folder whose data travels and whose model does not."""
+    work, shared = tmp_path / "work", tmp_path / "shared"
+    for folder in (work, shared / "model"):
+        folder.mkdir(parents=True)
+    (work / "rows.jsonl").write_text('{"text": "a"}\n')
+    values = {
+        "name": "tiny",
+        "runs_dir": str(shared / "runs"),
+        "model": {"path": str(shared / "model")},
+        "task": {"type": "causal_lm"},
+        "data": {"train": "rows.jsonl"},
+        "adapter": {"method": "full"},
+        "train": {"max_steps": 1},
+        "launch": {"type": "ray", "num_workers": 2},
+    }
+    (work / "config.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(work)
+    return work / "config.yaml"
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def preflight_says(client, **changes):
+    result = {"ok": True, "ship": False, "seconds": 1.0, "nodes": ["10.0.0.1"], "checks": []} | changes
+    client.logs["preflight"] = f"Running entrypoint\n{job_entry.RESULT}{json.dumps(result)}\n"
+
+
+def test_submitting_queues_a_job_with_the_config_and_the_files_that_it_names(capsys, cluster, config):
+    preflight_says(cluster)
+    (config.parent / "notes.txt").write_text("not asked for")
+    code, out, _ = run(capsys, "submit", config, "train.max_steps=7", "--address", URL)
+    assert code == 0
+    before, job = cluster.submitted
+    assert (before["submission_id"], job["submission_id"]) == ("tiny-preflight", "tiny")
+    assert job["files"] == ["burnish-job.sh", "config.yaml", "rows.jsonl"]
+    assert job["config"]["launch"]["address"] == "auto"
+    assert job["config"]["train"]["max_steps"] == 7
+    assert job["entrypoint"] == "exec sh burnish-job.sh train"
+    assert all(f"burnish {verb} tiny" in out.replace(job_commands.program(), "burnish") for verb in ("logs", "status"))
+    assert set(job["runtime_env"]) == {"working_dir", "env_vars"}
+    assert job["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": str(jobs.STOP_WAIT_S)}
+    assert TOKEN not in json.dumps(cluster.submitted, default=str) + out
+
+
+def test_burnish_travels_with_the_run_where_a_node_lacks_it_and_always_with_the_pre_flight(capsys, cluster, config):
+    preflight_says(cluster, ship=True)
+    assert run(capsys, "submit", config)[0] == 0
+    for asked in cluster.submitted:
+        assert any(path.endswith("burnish/launch/cli.py") for path in asked["shipped"])
+        assert not any("bench/" in path or "tests/" in path for path in asked["shipped"])
+
+
+def test_what_travels_is_a_package_of_its_own_with_a_version(tmp_path):
+    paths = [str(Path(module).parent) for module in staging.stage_package(tmp_path)]
+    code = (
+        "from burnish.launch import cli, staging as s; print(cli.__file__, cli.version('burnish'), s.source_digest())"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    file, number, digest = done.stdout.split()
+    assert file.startswith(str(tmp_path))
+    assert number
+    assert digest == staging.source_digest()
+
+
+def test_a_failed_pre_flight_queues_nothing_and_names_the_node(capsys, cluster, config):
+    check = {"name": "storage", "state": "failed", "detail": "10.0.0.2 cannot see", "advice": "mount it"}
+    preflight_says(cluster, ok=False, checks=[check])
+    code, out, err = run(capsys, "submit", config)
+    assert code == 3
+    assert "10.0.0.2 cannot see" in err
+    assert "mount it" in out
+    assert [asked["submission_id"] for asked in cluster.submitted] == ["tiny-preflight"]
+
+
+def test_a_pre_flight_without_a_result_is_told_in_its_own_last_words(capsys, cluster, config):
+    cluster.logs["preflight"] = "burnish: error: no connection to a Ray cluster\n"
+    code, _, err = run(capsys, "submit", config)
+    assert code == 5
+    assert "no connection to a Ray cluster" in err
+    assert "burnish logs tiny-preflight" in err
+
+
+def test_workers_that_the_cluster_has_no_room_for_are_exit_3_with_have_and_need(capsys, cluster, config):
+    code, _, err = run(capsys, "submit", config, "launch.num_workers=4", "train.global_batch_size=8")
+    assert code == 3
+    assert "launch.num_workers=4 at 1 CPU each: the cluster has room for 2 (10.0.0.1 has 1 CPU; 10.0.0.2" in err
+    assert not cluster.submitted
+
+
+def test_a_worker_needs_its_resources_on_one_node():
+    nodes = [Node("a", {"CPU": 3.0}), Node("b", {"CPU": 3.0})]
+    launch = Ray(type="ray", num_workers=3, resources_per_worker={"CPU": 2})
+    with pytest.raises(InfeasibleError, match="room for 2"):
+        job_commands.check_room(launch, nodes, {"CPU": 2.0})
+    job_commands.check_room(launch, [*nodes, *nodes], {"CPU": 2.0})
+    with pytest.raises(InfeasibleError, match=r"8 GiB memory"):
+        job_commands.check_room(launch, nodes, {"CPU": 1.0, "memory": 2.0**33})
+
+
+def test_an_inline_config_becomes_one_worker(config):
+    inline = load_config([str(config)], ["launch={type: inline}"])
+    launch = job_commands.on_cluster(inline).launch
+    assert (launch.type, launch.address, launch.num_workers) == ("ray", "auto", 1)
+
+
+def test_each_submission_has_a_name_of_its_own_and_one_that_runs_is_not_joined():
+    def job(name, status):
+        return Job(name, status, "", 1.0, None, None, None, "")
+
+    assert free_name("tiny", []) == "tiny"
+    assert free_name("tiny", [job("tiny", "FAILED"), job("tiny-2", "STOPPED"), job("tiny-x", "RUNNING")]) == "tiny-3"
+    assert free_name("tiny", [job("tiny-2", "FAILED")]) == "tiny"
+    with pytest.raises(ConfigError, match="burnish stop tiny-2"):
+        free_name("tiny", [job("tiny", "FAILED"), job("tiny-2", "RUNNING")])
+
+
+MISTAKES = {
+    "relative runs_dir": (["runs_dir=runs"], "give its absolute path"),
+    "leads out": (["data.train=../shared/model"], "leads out of"),
+    "in runs": (["data.train=runs/rows.jsonl"], "runs/ never travels"),
+    "in .git": (["data.train=.git/rows.jsonl"], ".git/ never travels"),
+    "missing": (["data.train=row.jsonl"], "did you mean rows.jsonl?"),
+    "relative nvme": (["memory.nvme_path=nvme"], "memory.nvme_path=nvme"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_cannot_travel_is_one_sentence(capsys, cluster, config, name):
+    overrides, words = MISTAKES[name]
+    for folder in ("runs", ".git"):
+        (config.parent / folder).mkdir()
+        (config.parent / folder / "rows.jsonl").write_text("{}\n")
+    code, _, err = run(capsys, "submit", config, "--no-preflight", *overrides)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert not cluster.submitted
+
+
+def test_links_out_of_the_folder_and_large_files_do_not_travel(config, tmp_path, monkeypatch):
+    (config.parent / "folder").mkdir()
+    os.symlink("/etc/hostname", config.parent / "folder" / "rows.jsonl")
+    linked = load_config([str(config)], ["data.train=folder"])
+    with pytest.raises(ConfigError, match="a link out of"):
+        staging.stage(linked, config.parent, tmp_path)
+    monkeypatch.setattr(staging, "MAX_BYTES", 3)
+    with pytest.raises(ConfigError, match=r"put .*rows\.jsonl"):
+        staging.stage(load_config([str(config)], []), config.parent, tmp_path)
+
+
+def test_a_pattern_travels_with_all_that_it_matches(config, tmp_path):
+    (config.parent / "more.jsonl").write_text("{}\n")
+    staging.stage(load_config([str(config)], ["data.train='*.jsonl'"]), config.parent, tmp_path)
+    assert (tmp_path / "rows.jsonl").exists()
+    assert (tmp_path / "more.jsonl").exists()
+
+
+def test_following_prints_every_character_once_though_the_connection_breaks(cluster):
+    cluster.found["tiny"] = details("tiny", "RUNNING")
+    cluster.tails = [["one\n", "two", ConnectionResetError("gone")], ["one\ntwo\nthr", RuntimeError("gone")]]
+    written = []
+
+    def last(name):
+        cluster.found["tiny"] = details("tiny", "FAILED", driver_exit_code=4)
+        return "one\ntwo\nthree\n"
+
+    cluster.get_job_logs = last
+    job = Server(URL, cluster).follow("tiny", written.append)
+    assert "".join(written) == "one\ntwo\nthree\n"
+    assert job.final_code == 4
+
+
+def test_a_server_that_stays_away_ends_the_following(cluster):
+    cluster.found["tiny"] = details("tiny", "RUNNING")
+    cluster.tails = [[ConnectionResetError("gone")] for _ in range(9)]
+    with pytest.raises(TrainingError, match="the job goes on"):
+        Server(URL, cluster).follow("tiny", print)
+
+
+def test_following_exits_with_the_jobs_code_and_ctrl_c_leaves_it_running(cluster, monkeypatch):
+    cluster.found |= {"bad": details("bad", "FAILED", driver_exit_code=3), "gone": details("gone", "STOPPED")}
+    for name, code in (("bad", 3), ("gone", 130)):
+        answer = job_commands.logs(Namespace(job=name, address=None, follow=True), io.StringIO())
+        assert answer.exit_code == code
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "follow", interrupted)
+    with pytest.raises(Interrupted, match="job bad goes on"):
+        job_commands.logs(Namespace(job="bad", address=None, follow=True), io.StringIO())
+    assert not cluster.stopped
+
+
+def test_the_other_verbs_tell_about_jobs_and_never_their_environment(capsys, cluster):
+    cluster.found |= {"tiny": details("tiny", "RUNNING"), "old": details("old", "SUCCEEDED")}
+    cluster.logs["tiny"] = "one\ntwo\nthree\nfour\n"
+    code, out, _ = run(capsys, "jobs")
+    assert code == 0
+    assert all(words in out for words in ("tiny", "RUNNING", "SUCCEEDED", "1 min", "/mnt/runs/tiny"))
+    _, out, _ = run(capsys, "status", "tiny")
+    assert all(words in out for words in ("RUNNING", "four", "/mnt/runs/tiny"))
+    assert "one" not in out
+    assert run(capsys, "logs", "tiny")[1] == "one\ntwo\nthree\nfour\n"
+    for verb in (["jobs"], ["status", "tiny"], ["logs", "tiny"], ["stop", "old"]):
+        code, out, _ = run(capsys, *verb, "--json")
+        assert code == 0
+        assert json.loads(out) is not None
+        assert TOKEN not in out
+    assert not cluster.stopped
+    code, out, _ = run(capsys, "stop", "tiny")
+    assert code == 0
+    assert cluster.stopped == ["tiny"]
+    assert "STOPPED; submit the same config again" in out
+    code, _, err = run(capsys, "status", "tiyn")
+    assert code == 2
+    assert "did you mean tiny?" in err
+
+
+def test_a_manifest_is_written_without_a_cluster(capsys, config, monkeypatch):
+    monkeypatch.setattr(job_commands, "planned", lambda config, resources: SimpleNamespace(plan=None, choice=None))
+    monkeypatch.setattr(jobs, "connect", None)
+    seen = {}
+    monkeypatch.setattr("burnish.launch.manifest.manifest", lambda *given: seen.update(options=given[2]) or "kind: X\n")
+    options = ["image=registry/burnish:1", "claim=shared", "gpus_per_node=0", "node_memory_bytes=8GiB"]
+    code, out, _ = run(capsys, "submit", config, "--manifest", *options)
+    assert (code, out) == (0, "kind: X\n")
+    assert (seen["options"].claim, seen["options"].node_memory_bytes) == ("shared", 2**33)
+    for given, words in ((["image=x"], "claim"), (["imag=x"], "did you mean image"), (["retries=x"], "a whole number")):
+        code, _, err = run(capsys, "submit", config, "--manifest", *given)
+        assert code == 2
+        assert words in err
+
+
+class Cluster(BaseHTTPRequestHandler):
+    """Answers as a dashboard does: with `token`, only to those who have it."""
+
+    token, seen = None, []
+
+    def do_GET(self):
+        given = self.headers.get("Authorization")
+        type(self).seen.append(given)
+        status = 200 if self.token is None or given == f"Bearer {self.token}" else 403 if given else 401
+        self.send_response(status)
+        self.end_headers()
+        text = {"ray_version": "2.60.0", "version": "4"} if status == 200 else "Unauthorized"
+        self.wfile.write(json.dumps(text).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+CONNECT = """
+import sys
+from argparse import Namespace
+from burnish.launch.job_commands import _server
+from burnish.harness.errors import BurnishError
+for url in sys.argv[1:]:
+    try:
+        print(type(_server(Namespace(address=url)).client).__name__)
+    except BurnishError as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.fixture
+def dashboard():
+    Cluster.seen = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Cluster) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def connected(*urls, **environment):
+    """What each address leads to, in a process of its own: Ray reads the token once."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, "-c", CONNECT, *urls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=kept | environment)
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_only_a_cluster_that_asks_for_our_token_is_used(dashboard, tmp_path, monkeypatch):
+    monkeypatch.setattr(Cluster, "token", TOKEN)
+    good, bad = tmp_path / "token", tmp_path / "wrong"
+    good.write_text(TOKEN)
+    bad.write_text("b8" * 32)
+    nowhere = "http://127.0.0.1:9"
+    assert connected(dashboard, dashboard + "/", nowhere, RAY_AUTH_TOKEN_PATH=str(good))[:2] == [
+        "JobSubmissionClient",
+        "JobSubmissionClient",
+    ]
+    assert f"Bearer {TOKEN}" in Cluster.seen
+    [refused, silent] = connected(dashboard, nowhere, RAY_AUTH_TOKEN_PATH=str(bad))
+    assert "refuses the token (403)" in refused
+    assert "no Ray cluster answers at" in silent
+    [missing] = connected(dashboard, HOME=str(tmp_path))
+    assert "asks for a token (401) and there is none here" in missing
+    monkeypatch.setattr(Cluster, "token", None)
+    [open_to_all] = connected(dashboard, RAY_AUTH_TOKEN_PATH=str(good))
+    assert "asks for no token" in open_to_all
+
+
+ADDRESSES = ("10.0.0.1:8265", "ray://10.0.0.1:10001", "http://user:secret@10.0.0.1", "file:///etc/passwd", "")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_is_a_plain_url(capsys, monkeypatch, address):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    code, _, err = run(capsys, "jobs", "--address", address)
+    assert code == 2
+    assert "--address" in err
+    assert "secret" not in err
+    assert err.count("\n") == 1
+
+
+def test_without_an_address_it_is_asked_for(capsys, monkeypatch):
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, err = run(capsys, "jobs")
+    assert code == 2
+    assert "no cluster given; use --address" in err
+
+
+SERVER_ERRORS = {
+    "agent": (RuntimeError("Request failed with status code 500: No available agent to submit job"), "agent"),
+    "gone": (ConnectionError("Failed to connect"), "Failed to connect"),
+    "unforeseen": (RuntimeError("Request failed with status code 500: boom\nTraceback"), "boom"),
+}
+
+
+@pytest.mark.parametrize("name", SERVER_ERRORS)
+def test_what_the_server_says_is_one_sentence(name):
+    error, words = SERVER_ERRORS[name]
+    with pytest.raises(BurnishError, match=words) as raised, jobs.explained(URL):
+        raise error
+    assert "\n" not in str(raised.value)
+
+
+def test_a_job_trains_in_a_copy_that_every_node_sees_and_goes_on_where_an_earlier_one_ended(config, monkeypatch):
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append((command, os.getcwd())))
+    (config.parent.parent / "shared" / "runs").mkdir()
+    for _ in range(2):
+        os.chdir(config.parent)
+        job_entry.train()
+    (command, place), again = commands
+    assert command[1:] == ["-m", "burnish.launch.cli", "train", "config.yaml"]
+    assert again == (command, place)
+    assert Path(place, "rows.jsonl").exists()
+    assert Path(place).parent.name == ".staged"
+    run_dir = config.parent.parent / "shared" / "runs" / "tiny"
+    run_dir.mkdir()
+    (run_dir / "plan.json").write_text("{}")
+    os.chdir(config.parent)
+    job_entry.train()
+    assert commands[-1][0][-1] == "--resume"
+
+
+def test_a_job_runs_with_the_python_of_rays_workers(tmp_path):
+    """The shell's grandparent is the raylet, whose arguments hold the command of its workers."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / staging.SCRIPT_FILE).write_text(staging.SCRIPT)
+    job = f"import subprocess; subprocess.run({staging.ENTRYPOINT + ' train'!r}, shell=True)"
+    raylet = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}])"
+    command = [sys.executable, "-c", raylet, f"--python_worker_command={python} setup_worker.py --x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    assert done.stdout == "-m burnish.launch.job_entry train\n"
