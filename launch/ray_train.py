@@ -27,8 +27,8 @@ from ..harness.run_dir import RunDir
 from ..harness.watchdog import longest_s
 from .attempts import killed
 from .failures import fatal_error, first_line, raise_fatal, write_fatal, write_traceback
-from .processes import oom_kills
 from .preflight import require
+from .processes import oom_kills
 from .ray_cluster import check_capacity, cluster, cluster_resources
 from .resources import worker_resources
 from .tail import Tail

@@ -4,8 +4,8 @@
 
 starts the cluster, runs COMMAND in one more host that has no Ray of its own, and takes everything down again. Each
 host has an address 10.99.0.N that only the others can reach, a temporary folder of its own at the same path, and the
-cluster's token in a file of mode 0600. Storage is shared, but for `folder/local`, which every host has for itself. Needs
-root, `ip` and Linux; `is_possible` tells.
+cluster's token in a file of mode 0600. Storage is shared, but for `folder/local`, which every host has for itself.
+Needs root, `ip` and Linux; `is_possible` tells.
 """
 
 import argparse
