@@ -55,8 +55,9 @@ def check_cluster(config: Config) -> dict[str, Any]:
     """
     start, launch = time.monotonic(), config.launch
     assert isinstance(launch, Ray), launch
+    looks: dict[str, dict[str, Any]] = {}
     with cluster(launch, detect()), _probes() as (probes, lost):
-        checks = [*lost, *_on_nodes(config, probes, looks := {}, is_staged=True)]
+        checks = [*lost, *_on_nodes(config, probes, looks, is_staged=True)]
         checks += [_ports(probes), _all_reduce(config, launch)]
         ship = any(look["installed"] != look["digest"] for look in looks.values())
     return {

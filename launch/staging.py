@@ -77,7 +77,7 @@ def stage(config: Config, folder: Path, into: Path) -> int:
 
     Raises ConfigError for what is missing, leads out of `folder` or into one that never travels, or is too large.
     """
-    files = {}
+    files: dict[str, Path] = {}
     for local in local_paths(config, folder):
         if local.travels:
             _check_inside(local.key, local.path, folder)
