@@ -1,6 +1,7 @@
 """The verbs about jobs on a cluster: submit, jobs, status, logs, stop. Ray is imported when one of them runs."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -42,11 +43,15 @@ def submit(options: argparse.Namespace, progress: TextIO) -> Answer:
         return _manifest(config, options.manifest)
     check_places(config)
     folder = Path(options.working_dir or ".").resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir={options.working_dir}: no such folder")
     server = _server(options)
     from .jobs import free_name
 
     name = free_name(options.name or config.name, server.jobs())
-    plan = plan_for(config, server.nodes())
+    nodes = server.nodes()
+    with contextlib.chdir(folder):
+        plan = plan_for(config, nodes)
     _show_plan(plan, server.url, progress)
     with tempfile.TemporaryDirectory(prefix="burnish-submit-") as temporary:
         staged, package = Path(temporary, "files"), Path(temporary, "package")

@@ -157,6 +157,7 @@ class Hosts:
         for place in (self.temp, self.local):
             inside = self.folder / "disks" / name / place.name
             inside.mkdir(parents=True, exist_ok=True)
+            inside.chmod(0o700)
             mounts += f'mount --bind "{inside}" "{place}" && '
         shell = ["sh", "-c", f'{mounts}exec "$@"', "sh", *map(str, command)]
         return ["ip", "netns", "exec", self.namespace(name), *shell]

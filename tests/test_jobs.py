@@ -1,16 +1,11 @@
 """Jobs on a Ray cluster: what is asked of its job server, what travels, and every mistake as one sentence.
 
-A fake client stands for the server, a small HTTP server for what Ray's own client meets. test_clusters has real ones.
+A fake client stands for the server; test_clusters has a real one.
 """
 
 import io
 import json
-import os
-import subprocess
-import sys
-import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +13,8 @@ import pytest
 import yaml
 from burnish.harness.config_hardware import Ray
 from burnish.harness.config_io import load_config
-from burnish.harness.errors import BurnishError, ConfigError, InfeasibleError, Interrupted, TrainingError
-from burnish.launch import job_commands, job_entry, jobs, staging
+from burnish.harness.errors import ConfigError, InfeasibleError, Interrupted, TrainingError
+from burnish.launch import job_commands, job_entry, jobs
 from burnish.launch.cli import main
 from burnish.launch.jobs import Job, Node, Server, free_name
 from ray.job_submission import JobStatus
@@ -146,25 +141,22 @@ def test_submitting_queues_a_job_with_the_config_and_the_files_that_it_names(cap
     assert TOKEN not in json.dumps(cluster.submitted, default=str) + out
 
 
+def test_the_folder_that_travels_may_be_another_one(capsys, cluster, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("submit", config, "--no-preflight", "--working-dir")
+    assert run(capsys, *arguments, config.parent)[0] == 0
+    assert cluster.submitted[0]["files"] == ["burnish-job.sh", "config.yaml", "rows.jsonl"]
+    code, _, err = run(capsys, *arguments, "nowhere")
+    assert code == 2
+    assert "--working-dir=nowhere" in err
+
+
 def test_burnish_travels_with_the_run_where_a_node_lacks_it_and_always_with_the_pre_flight(capsys, cluster, config):
     preflight_says(cluster, ship=True)
     assert run(capsys, "submit", config)[0] == 0
     for asked in cluster.submitted:
         assert any(path.endswith("burnish/launch/cli.py") for path in asked["shipped"])
         assert not any("bench/" in path or "tests/" in path for path in asked["shipped"])
-
-
-def test_what_travels_is_a_package_of_its_own_with_a_version(tmp_path):
-    paths = [str(Path(module).parent) for module in staging.stage_package(tmp_path)]
-    code = (
-        "from burnish.launch import cli, staging as s; print(cli.__file__, cli.version('burnish'), s.source_digest())"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    file, number, digest = done.stdout.split()
-    assert file.startswith(str(tmp_path))
-    assert number
-    assert digest == staging.source_digest()
 
 
 def test_a_failed_pre_flight_queues_nothing_and_names_the_node(capsys, cluster, config):
@@ -242,24 +234,6 @@ def test_what_cannot_travel_is_one_sentence(capsys, cluster, config, name):
     assert not cluster.submitted
 
 
-def test_links_out_of_the_folder_and_large_files_do_not_travel(config, tmp_path, monkeypatch):
-    (config.parent / "folder").mkdir()
-    os.symlink("/etc/hostname", config.parent / "folder" / "rows.jsonl")
-    linked = load_config([str(config)], ["data.train=folder"])
-    with pytest.raises(ConfigError, match="a link out of"):
-        staging.stage(linked, config.parent, tmp_path)
-    monkeypatch.setattr(staging, "MAX_BYTES", 3)
-    with pytest.raises(ConfigError, match=r"put .*rows\.jsonl"):
-        staging.stage(load_config([str(config)], []), config.parent, tmp_path)
-
-
-def test_a_pattern_travels_with_all_that_it_matches(config, tmp_path):
-    (config.parent / "more.jsonl").write_text("{}\n")
-    staging.stage(load_config([str(config)], ["data.train='*.jsonl'"]), config.parent, tmp_path)
-    assert (tmp_path / "rows.jsonl").exists()
-    assert (tmp_path / "more.jsonl").exists()
-
-
 def test_following_prints_every_character_once_though_the_connection_breaks(cluster):
     cluster.found["tiny"] = details("tiny", "RUNNING")
     cluster.tails = [["one\n", "two", ConnectionResetError("gone")], ["one\ntwo\nthr", RuntimeError("gone")]]
@@ -335,144 +309,3 @@ def test_a_manifest_is_written_without_a_cluster(capsys, config, monkeypatch):
         code, _, err = run(capsys, "submit", config, "--manifest", *given)
         assert code == 2
         assert words in err
-
-
-class Cluster(BaseHTTPRequestHandler):
-    """Answers as a dashboard does: with `token`, only to those who have it."""
-
-    token, seen = None, []
-
-    def do_GET(self):
-        given = self.headers.get("Authorization")
-        type(self).seen.append(given)
-        status = 200 if self.token is None or given == f"Bearer {self.token}" else 403 if given else 401
-        self.send_response(status)
-        self.end_headers()
-        text = {"ray_version": "2.60.0", "version": "4"} if status == 200 else "Unauthorized"
-        self.wfile.write(json.dumps(text).encode())
-
-    def log_message(self, *_):
-        pass
-
-
-CONNECT = """
-import sys
-from argparse import Namespace
-from burnish.launch.job_commands import _server
-from burnish.harness.errors import BurnishError
-for url in sys.argv[1:]:
-    try:
-        print(type(_server(Namespace(address=url)).client).__name__)
-    except BurnishError as error:
-        print(type(error).__name__, error)
-"""
-
-
-@pytest.fixture
-def dashboard():
-    Cluster.seen = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Cluster) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def connected(*urls, **environment):
-    """What each address leads to, in a process of its own: Ray reads the token once."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    command = [sys.executable, "-c", CONNECT, *urls]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=kept | environment)
-    assert "Traceback" not in done.stderr
-    assert TOKEN not in done.stdout + done.stderr
-    return done.stdout.splitlines()
-
-
-def test_only_a_cluster_that_asks_for_our_token_is_used(dashboard, tmp_path, monkeypatch):
-    monkeypatch.setattr(Cluster, "token", TOKEN)
-    good, bad = tmp_path / "token", tmp_path / "wrong"
-    good.write_text(TOKEN)
-    bad.write_text("b8" * 32)
-    nowhere = "http://127.0.0.1:9"
-    assert connected(dashboard, dashboard + "/", nowhere, RAY_AUTH_TOKEN_PATH=str(good))[:2] == [
-        "JobSubmissionClient",
-        "JobSubmissionClient",
-    ]
-    assert f"Bearer {TOKEN}" in Cluster.seen
-    [refused, silent] = connected(dashboard, nowhere, RAY_AUTH_TOKEN_PATH=str(bad))
-    assert "refuses the token (403)" in refused
-    assert "no Ray cluster answers at" in silent
-    [missing] = connected(dashboard, HOME=str(tmp_path))
-    assert "asks for a token (401) and there is none here" in missing
-    monkeypatch.setattr(Cluster, "token", None)
-    [open_to_all] = connected(dashboard, RAY_AUTH_TOKEN_PATH=str(good))
-    assert "asks for no token" in open_to_all
-
-
-ADDRESSES = ("10.0.0.1:8265", "ray://10.0.0.1:10001", "http://user:secret@10.0.0.1", "file:///etc/passwd", "")
-
-
-@pytest.mark.parametrize("address", ADDRESSES)
-def test_an_address_is_a_plain_url(capsys, monkeypatch, address):
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    code, _, err = run(capsys, "jobs", "--address", address)
-    assert code == 2
-    assert "--address" in err
-    assert "secret" not in err
-    assert err.count("\n") == 1
-
-
-def test_without_an_address_it_is_asked_for(capsys, monkeypatch):
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    code, _, err = run(capsys, "jobs")
-    assert code == 2
-    assert "no cluster given; use --address" in err
-
-
-SERVER_ERRORS = {
-    "agent": (RuntimeError("Request failed with status code 500: No available agent to submit job"), "agent"),
-    "gone": (ConnectionError("Failed to connect"), "Failed to connect"),
-    "unforeseen": (RuntimeError("Request failed with status code 500: boom\nTraceback"), "boom"),
-}
-
-
-@pytest.mark.parametrize("name", SERVER_ERRORS)
-def test_what_the_server_says_is_one_sentence(name):
-    error, words = SERVER_ERRORS[name]
-    with pytest.raises(BurnishError, match=words) as raised, jobs.explained(URL):
-        raise error
-    assert "\n" not in str(raised.value)
-
-
-def test_a_job_trains_in_a_copy_that_every_node_sees_and_goes_on_where_an_earlier_one_ended(config, monkeypatch):
-    commands = []
-    monkeypatch.setattr(os, "execv", lambda program, command: commands.append((command, os.getcwd())))
-    (config.parent.parent / "shared" / "runs").mkdir()
-    for _ in range(2):
-        os.chdir(config.parent)
-        job_entry.train()
-    (command, place), again = commands
-    assert command[1:] == ["-m", "burnish.launch.cli", "train", "config.yaml"]
-    assert again == (command, place)
-    assert Path(place, "rows.jsonl").exists()
-    assert Path(place).parent.name == ".staged"
-    run_dir = config.parent.parent / "shared" / "runs" / "tiny"
-    run_dir.mkdir()
-    (run_dir / "plan.json").write_text("{}")
-    os.chdir(config.parent)
-    job_entry.train()
-    assert commands[-1][0][-1] == "--resume"
-
-
-def test_a_job_runs_with_the_python_of_rays_workers(tmp_path):
-    """The shell's grandparent is the raylet, whose arguments hold the command of its workers."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    (tmp_path / staging.SCRIPT_FILE).write_text(staging.SCRIPT)
-    job = f"import subprocess; subprocess.run({staging.ENTRYPOINT + ' train'!r}, shell=True)"
-    raylet = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}])"
-    command = [sys.executable, "-c", raylet, f"--python_worker_command={python} setup_worker.py --x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=30)
-    assert done.stdout == "-m burnish.launch.job_entry train\n"
