@@ -122,9 +122,9 @@ def test_what_runs_before_training_imports_no_torch(name):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", MODULES.keys() - {"harness.faults"})
 def test_environment_variables_are_read_by_no_module(name):
-    """They may be set, for libraries that know no other way."""
+    """They may be set, for libraries that know no other way. The faults of tests come to workers through one."""
     reads = ("os.getenv", "os.environ.get", "os.environ[")
     lines = [line.strip() for line in MODULES[name].read_text().splitlines()]
     found = [line for line in lines if any(read in line for read in reads)]
