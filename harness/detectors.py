@@ -1,5 +1,6 @@
 """What a run notices about its own figures: skipped steps, spikes of the loss, slow ranks. Pure; no torch."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
@@ -10,12 +11,12 @@ if TYPE_CHECKING:
 
 SPIKE_WINDOW = 64
 SPIKE_DEVIATIONS = 8.0
-WINDOW = 10
+WINDOW = 18
 """Steps that a judgement about a rank is made from."""
-SLOW_STEPS = 8
+SLOW_STEPS = 13
 """Of these, so many are slow in a slow rank."""
-NORMAL_STEPS = 2
-SLOW_RATIO = 2.0
+NORMAL_STEPS = 4
+SLOW_RATIO, LEAST_RATIO = 1.8, 1.2
 SLOW_EXCESS_S = 0.01
 """A rank that loses less than this in a step is not worth a word, whatever the ratio."""
 
@@ -38,9 +39,11 @@ class Spikes:
 
 
 class Stragglers:
-    """Ranks that take at least twice as long as the others for what each does without waiting for them.
+    """Ranks that take about twice as long as the others, or longer, for what each does without waiting for them.
 
-    A long micro-batch is no straggler: a rank is slow in a step where both its seconds and its seconds per element are.
+    A rank may have the longest micro-batch, and the time of one may follow its length or not. So two ratios to the
+    others are taken, of the seconds and of the seconds per element: in a slow step their geometric mean is large, and
+    neither is small.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -52,9 +55,10 @@ class Stragglers:
         rates = [time / max(1.0, size) for time, size in zip(seconds, elements, strict=True)]
         found = {}
         for rank, recent in enumerate(self.recent):
-            ratio = min(_ratio(seconds, rank), _ratio(rates, rank))
+            ratios = _ratio(seconds, rank), _ratio(rates, rank)
+            ratio = math.sqrt(ratios[0] * ratios[1])
             excess_s = seconds[rank] * (1 - 1 / ratio) if ratio > 0 else 0.0
-            recent.append(ratio >= SLOW_RATIO and excess_s >= SLOW_EXCESS_S)
+            recent.append(ratio >= SLOW_RATIO and min(ratios) >= LEAST_RATIO and excess_s >= SLOW_EXCESS_S)
             if sum(recent) >= SLOW_STEPS and rank not in self.named:
                 self.named.add(rank)
                 found[rank] = ratio
