@@ -182,18 +182,20 @@ def soak_table(record: dict[str, Any]) -> Table:
     rows = [
         (
             *(case["name"], f"{case['num_ranks']}", f"{case['num_nodes']}", f"{case['steps']}"),
-            *(f"{case['restarts']}", f"{case['lost_steps']}"),
-            *(duration(case["time_s"]), size(case["peak_bytes"]), size(case["peak_bytes_per_rank"])),
-            "yes" if case["equal_losses"] else "no",
+            *(f"{case['restarts']}", f"{case['lost_steps']}", duration(case["time_s"])),
+            *(size(case["peak_bytes"]), size(case["peak_bytes_of_ranks"] / case["num_ranks"])),
+            f"{case['loss_difference']:.1e}",
         )
         for case in record["cases"]
     ]
     head = (
         *("run", "ranks", "Ray nodes", "steps", "restarts", "steps again", "time", "memory of all processes"),
-        *("memory of a rank", "losses equal"),
+        *("of a rank", "losses differ from one process's by"),
     )
     notes = [
-        f"`{record['command']}` on {record['num_cpus']} cores of {record['cpu']}, {record['libraries']}.",
-        "Memory is proportional (PSS): pages that processes share are counted once.",
+        *(f"{case['name']}: `{case['command']}`." for case in record["cases"]),
+        f"{record['num_cpus']} cores of {record['cpu']}, {size(record['memory_bytes'])}, {record['libraries']}.",
+        "Memory is proportional (PSS): pages that processes share are counted once. The difference is the largest of a "
+        "step, relative.",
     ]
     return Table("Soak", head, rows, notes)
