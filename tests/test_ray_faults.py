@@ -164,11 +164,11 @@ def wait_until(is_true, *, timeout_s=180):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_shrinks_with_a_lost_node_and_grows_with_another(tmp_path, monkeypatch, cluster, stage):
     """2 -> 1 -> 2 workers; the losses are those of two workers throughout, to 1e-6."""
-    settings = changes(stage, 7) | {"optimizer": {"name": "adamw", "learning_rate": 1e-3}}
+    settings = changes(stage, 4) | {"optimizer": {"name": "adamw", "learning_rate": 1e-3}}
     expected = undisturbed(tmp_path, **settings)
     node = cluster.add_node(**NODE)
     monkeypatch.setattr(ray_train, "RESIZE_INTERVAL_S", 5.0)
-    monkeypatch.setenv(VARIABLE, json.dumps([{"rank": 0, "point": "step", "action": "sleep", "seconds": 0.5}]))
+    monkeypatch.setenv(VARIABLE, json.dumps([{"rank": 0, "point": "step", "action": "sleep", "seconds": 0.8}]))
     launch = {"type": "ray", "num_workers": [1, 2], "address": cluster.address, "max_failures": 3}
     path = tiny.write_config(tmp_path, name="elastic", launch=launch, **settings)
     run, times = RunDir(tmp_path / "runs" / "elastic"), {}
@@ -177,7 +177,7 @@ def test_a_run_shrinks_with_a_lost_node_and_grows_with_another(tmp_path, monkeyp
         wait_until(lambda: len(losses(run)) > 2 * EVERY_STEPS)
         cluster.remove_node(node, allow_graceful=False)
         times["removed"] = time.time()
-        wait_until(lambda: worlds(run) == [2, 1] and len(losses(run)) > 4 * EVERY_STEPS)
+        wait_until(lambda: worlds(run) == [2, 1])
         cluster.add_node(**NODE)
         times["added"] = time.time()
 
