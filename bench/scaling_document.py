@@ -1,5 +1,6 @@
 """docs/scaling.md: the model of `scaling` and `failures` at 8 to 1,024 GPUs, and the soak as it was recorded."""
 
+import functools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,9 @@ def failures_table() -> Table:
     return Table("Failures", ("GPUs", *(rate.name for rate in RATES)), rows, [f"Published: {r.source}." for r in RATES])
 
 
+@functools.cache
 def saving_table() -> Table:
+    """Simulates hundreds of thousands of failures, once."""
     head = (
         *("what is trained", "GPUs", "step", "checkpoint", "save", "restart", "interval", "steps", "bound by"),
         *("share at the optimum", "saving costs", "share, formula", "share, simulated"),
