@@ -123,6 +123,8 @@ def _world(config: Config, resources: Resources, decisions: list[Decision]) -> t
     room = min(most, int(have // per_worker))
     why = "launch.num_workers" if least == most else f"the most of launch.num_workers; there is room for {room}"
     decisions.append(Decision("world_size", str(most), why))
+    if least < most:
+        decisions.append(Decision("memory", f"for {least} of {most}", "fewer workers hold more each"))
     return most, "cuda" if use_gpu else "cpu"
 
 

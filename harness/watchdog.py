@@ -127,7 +127,7 @@ class Watchdog:
         """Stacks, the event (from the first rank that gets here), the end of stopped neighbours, and our own."""
         faulthandler.dump_traceback(file=self.stacks)
         self.stacks.flush()
-        beats = read_beats(self.run)
+        beats = read_beats(self.run) or [self.current]
         last = behind(beats)
         if _claim(self.run, last):
             waited_s = round(time.time() - self.current.since, 1)
