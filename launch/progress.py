@@ -23,6 +23,14 @@ MAX_PROMPT_CHARS, MAX_ANSWER_CHARS = 600, 400
 BAR_CELLS = 24
 ZERO = {"torch": "one process", "deepspeed": "DeepSpeed ZeRO-{stage}"}
 
+NOTICED = {
+    "hang": "rank {rank} hung after step {step} ({phase}); stacks are in {stacks}",
+    "straggler": "rank {rank} takes {ratio} times as long as the others (step {step})",
+    "skipped_step": "step {step} was skipped, its loss or gradient is not finite ({num_skipped} so far)",
+    "loss_spike": "the loss of step {step} jumped to {loss:.4g}; above {limit:.4g} is a spike",
+}
+"""Events that ranks write about what they notice, in words."""
+
 
 class Progress:
     """Shows the events and metrics records of one run as they come. Writes plain lines where there is no terminal."""
@@ -41,6 +49,7 @@ class Progress:
             "resume": lambda event: self._line("resumed", f"at step {event['step']} from {shown_path(event['path'])}"),
             "broken_checkpoint": lambda event: self._line("ignored", f"{event['path']}: damaged checkpoint"),
             "worker_failure": self._worker_failure,
+            **dict.fromkeys(NOTICED, self._noticed),
             backoff.EVENT: self._out_of_memory,
             goodput.EVENT: self._restart,
             "notice": lambda event: self._line("note", event["text"]),
@@ -104,6 +113,9 @@ class Progress:
         self._line(
             "steps", f"{number(self.total_steps)} ({event['total_steps'] / event['steps_per_epoch']:.2g} epochs)"
         )
+
+    def _noticed(self, event: dict[str, Any]) -> None:
+        self._line("noticed", NOTICED[event["event"]].format(**event))
 
     def _worker_failure(self, event: dict[str, Any]) -> None:
         for rank, reason in event["reasons"].items():
