@@ -77,7 +77,7 @@ def supervise(policy: Policy | None) -> Life:
             _become_the_run(parent, is_inline=policy is None)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
             return life
-        status, is_unwanted = _waited(child, watched)
+        status, is_unwanted = _waited(child, watched, is_apart=policy is not None)
         end_marked(mark)
         remove_dead_folders()
         ended_by = signal.Signals(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else None
@@ -119,17 +119,21 @@ def _become_the_run(parent: int, *, is_inline: bool) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    if is_inline:
+    if not is_inline:
+        # Who signals the whole group of the command, as a terminal does, must not end Ray's daemons.
+        os.setpgid(0, 0)
+    else:
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write(OOM_SCORE)
     for number in (signal.SIGTERM, *PASSED_ON.values()):
         signal.signal(number, end_at_once)
 
 
-def _waited(child: int, watched: set[signal.Signals]) -> tuple[int, bool]:
+def _waited(child: int, watched: set[signal.Signals], *, is_apart: bool) -> tuple[int, bool]:
     """The status of the child once it has ended, and whether the user asked for its end.
 
-    A signal that only this process got is passed on to it; who sends two does not wait for long.
+    A signal that only this process got is passed on to it, and every one to a child apart, in a group of its own. Who
+    sends two does not wait for long.
     """
     num_asked, deadline, last = 0, float("inf"), (0, 0.0)
     while True:
@@ -140,6 +144,8 @@ def _waited(child: int, watched: set[signal.Signals]) -> tuple[int, bool]:
         if info is None and time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)
             deadline = float("inf")
+        if info is not None and info.si_signo == signal.SIGHUP and is_apart:
+            os.kill(child, signal.SIGHUP)
         if info is None or info.si_signo not in SIGNALS:
             continue
         before, last = last, (info.si_signo, time.monotonic())
@@ -148,7 +154,7 @@ def _waited(child: int, watched: set[signal.Signals]) -> tuple[int, bool]:
         num_asked += 1
         if num_asked > 1:
             deadline = min(deadline, time.monotonic() + IMPATIENT_S)
-        if info.si_code != SENT_BY_THE_KERNEL:
+        if is_apart or info.si_code != SENT_BY_THE_KERNEL:
             os.kill(child, PASSED_ON[signal.Signals(info.si_signo)])
 
 

@@ -29,6 +29,7 @@ from burnish.harness.run_dir import RunDir
 from burnish.harness.errors import BurnishError
 from burnish.launch import leftovers, supervisor
 from burnish.launch.attempts import Restarts
+from burnish.launch.interrupt import Interrupts
 
 folder, ways, max_failures = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
 policy = Restarts(RunDir(folder), max_failures, lambda event: print("restart:", event["cause"], flush=True))
@@ -148,6 +149,17 @@ def test_a_signal_reaches_the_driver_which_ends_in_its_own_way(run, number):
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert "a checkpoint will be written" in output
+
+
+def test_a_signal_to_the_whole_group_reaches_the_driver_once_and_its_daemons_not_at_all(run):
+    process = start(run, "wait")
+    driver = int(process.stdout.readline().split()[1])
+    assert process.stdout.readline() == "ready\n"
+    assert os.getpgid(process.pid) == process.pid != os.getpgid(driver)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert output.count("a checkpoint will be written") == 1
 
 
 def test_a_driver_that_does_not_end_after_two_signals_is_killed(run):
