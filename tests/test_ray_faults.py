@@ -26,7 +26,7 @@ SAVES = ("save.before_fsync", "save.after_part")
 """Points that both ranks reach; those of rank 0 alone are in test_checkpoint_faults."""
 FEW = (("segv", "step"), ("stop", "step"), ("kill", SAVES[1]))
 MANY = (
-    (("kill", "step"), ("term", "step"), ("kill", SAVES[0]), ("abrt", "step"), ("exit", "step")),
+    (("kill", "step"), ("segv", "step"), ("kill", SAVES[0]), ("abrt", "step"), ("exit", "step")),
     (("raise", "step"), ("stop", "step"), ("segv", "step"), ("kill", SAVES[1]), ("kill", "step")),
 )
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
