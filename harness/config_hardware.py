@@ -46,8 +46,8 @@ class Ray(Section):
     """One process per device; [min, max] = as many of them as the cluster has room for, while it runs."""
     resources_per_worker: dict[Line, Annotated[float, Field(ge=0.001, le=1e6)]] = Field(default={})
     use_gpu: Literal["auto"] | bool = "auto"
-    max_failures: NotNegative = 0
-    """Restarts from the newest checkpoint after a worker dies."""
+    max_failures: NotNegative = 3
+    """Restarts from the newest checkpoint after a worker, the driver or Ray's head dies."""
     hang_timeout_s: Annotated[float, Field(ge=1, le=1e6)] = 300.0
     """A rank that makes no progress for so long ends its attempt; evaluation, saving and the like have longer."""
 

@@ -33,8 +33,8 @@ def write_report(run_dir: RunDir | str | Path) -> dict[str, Any]:
 
 def page(facts: Facts, summary: dict[str, Any]) -> str:
     """The whole HTML page."""
-    sections = (headline, curves, validation, samples, plan, proof, data, time, history)
-    sections += (reproduce, config, environment)
+    first = (headline, curves, validation, samples, plan, proof, data, time)
+    sections = (*first, history, reproduce, config, environment)
     return document(
         f"{summary['name']} · burnish",
         tag("main", *(one(facts, summary) for one in sections), tag("footer", "Written by burnish report.")),

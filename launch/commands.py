@@ -50,8 +50,8 @@ def train(options: argparse.Namespace, progress: TextIO) -> Answer:
     run = RunDir(run_path(Path.cwd() / config.runs_dir, config.name))
     display = Progress(progress)
     with hold(run.path):
-        is_inline = config.launch.type == "inline"
-        policy = None if is_inline else Restarts(run, config.launch.max_failures, display.report)
+        launch = config.launch
+        policy = Restarts(run, launch.max_failures, display.report) if launch.type == "ray" else None
         is_split = options.owns_process and can_supervise()
         life = supervise(policy) if is_split else Life()
         try:

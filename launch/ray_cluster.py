@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray._raylet import Config as RayConfig
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from ..harness.config import Config
@@ -31,6 +31,8 @@ from .resources import detect
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Only plans and results go through the object store; data goes through files."""
+LOOPBACK = "127.0.0.1"
+"""All nodes of an embedded cluster are this machine, so none listens on the network."""
 END_GRACE_S = 10.0
 """How long Ray's processes may take to end by themselves."""
 SETTINGS = {
@@ -123,6 +125,7 @@ def _start(resources: Resources, folder: Path) -> None:
         num_gpus=resources.num_devices,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
+        _node_ip_address=LOOPBACK,
         _temp_dir=str(folder),
     )
 
