@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 POLL_S = 0.2
 COLLECTIVE_TIMEOUT_S = 600
 """Longest wait of a rank for another, at least: watchdogs notice a hang before, and can say where."""
-CONTROLLER_FAILURES = 2
+START_RETRIES, ELASTIC_START_RETRIES = 1, 2
+"""A group of workers that finds no room in its start timeout is asked for again so often: then it is an error."""
 RESIZE_INTERVAL_S = 60.0
 """How often an elastic run looks for room to grow. Growing restarts it from its newest checkpoint."""
 ELASTIC_START_TIMEOUT_S = 20
@@ -137,6 +138,7 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
         env_vars["DS_ACCELERATOR"] = "cpu"
     if is_elastic(plan.config):
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_TIMEOUT_S)
+    is_fixed = launch.min_workers == launch.max_workers
     return TorchTrainer(
         work,
         train_loop_config={
@@ -150,7 +152,7 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             driver=lock.driver_of(plan.run_dir),
         ),
         scaling_config=ScalingConfig(
-            num_workers=launch.max_workers if launch.min_workers == launch.max_workers else launch.num_workers,
+            num_workers=launch.max_workers if is_fixed else launch.num_workers,
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             use_gpu=plan.device == "cuda",
             resources_per_worker=worker_resources(launch, plan.device),
@@ -159,7 +161,8 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
             name="train",
             storage_path=str(run.path / STORAGE),
             failure_config=FailureConfig(
-                max_failures=launch.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=launch.max_failures,
+                controller_failure_limit=START_RETRIES if is_fixed else ELASTIC_START_RETRIES,
             ),
             callbacks=[FailureLog(plan.run_dir, oom_kills(), max_failures=launch.max_failures)],
             worker_runtime_env={"env_vars": env_vars},
