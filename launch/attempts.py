@@ -88,22 +88,21 @@ class Restarts:
     max_failures: int
     report: Report
     since: float = field(default_factory=lambda: round(time.time(), 3))
-    num_unwritten: int = 0
-    """Restarts before the run had a plan, so that there is nothing to write them to."""
+    num_drivers: int = 0
+    """Drivers that were lost so far; worker failures count too, as often as Ray Train has noted them."""
 
     def __call__(self, cause: str) -> float:
         """Notes the restart, shows it, and returns the seconds to wait. Raises TrainingError if all are used up."""
         events = [event for event in self.run.read_jsonl(self.run.events_jsonl) if event.get("time", 0.0) >= self.since]
         errors = [str(event.get("message")) for event in events if event.get("event") == "error"]
         cause = cause or (errors[-1] if errors else "the driver asked for another")
-        restarts = self.num_unwritten + sum(event.get("event") == goodput.EVENT for event in events)
+        restarts = self.num_drivers + sum(event.get("event") == "worker_failure" for event in events)
         if restarts >= self.max_failures:
             raise self._used_up(cause, restarts)
         event = goodput.restart_event(self.run, cause=cause, wait_s=min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**restarts))
+        self.num_drivers += 1
         if self.run.is_run:
             self.run.append_jsonl(self.run.events_jsonl, event)
-        else:
-            self.num_unwritten += 1
         self.report(event)
         return float(event["wait_s"])
 

@@ -119,9 +119,11 @@ def test_when_the_restarts_are_used_up_the_error_says_why_and_how_to_go_on(run):
     assert time.monotonic() - begin > 3
 
 
-def test_restarts_of_workers_count_too(run):
+def test_failures_of_workers_count_too_but_not_that_the_run_was_resized(run):
     policy = Restarts(run, 2, lambda event: None)
-    run.log_event("restart", cause="worker 1 died")
+    run.log_event("worker_failure", reasons={"1": "died"})
+    run.log_event("restart", cause="rank 1 died")
+    run.log_event("restart", cause="resized from 1 to 2 workers")
     assert policy("the driver died") == 2.0
     with pytest.raises(TrainingError, match="there were 2"):
         policy("the driver died")
