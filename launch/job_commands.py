@@ -275,7 +275,11 @@ def manifest_options(kind: Any, settings: Sequence[str]) -> Any:
         name, sign, text = setting.partition("=")
         if name not in known or not sign:
             close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}=…?" if close else f"give FIELD=VALUE of {', '.join(known)}"
+            hint = (
+                f"did you mean {close[0]}=…?"
+                if close
+                else f"values of the config go before it; its own are {', '.join(known)}"
+            )
             raise ConfigError(f"--manifest {setting}: {hint}")
         try:
             is_number = "int" in str(known[name].type)
