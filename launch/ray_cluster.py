@@ -31,8 +31,6 @@ from .resources import detect
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Only plans and results go through the object store; data goes through files."""
-LOOPBACK = "127.0.0.1"
-"""All nodes of an embedded cluster are this machine, so none listens on the network."""
 END_GRACE_S = 10.0
 """How long Ray's processes may take to end by themselves."""
 SETTINGS = {
@@ -125,7 +123,6 @@ def _start(resources: Resources, folder: Path) -> None:
         num_gpus=resources.num_devices,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        _node_ip_address=LOOPBACK,
         _temp_dir=str(folder),
     )
 
