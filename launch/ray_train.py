@@ -148,7 +148,7 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
         },
         torch_config=StoppableTorchConfig(
             timeout_s=max(COLLECTIVE_TIMEOUT_S, round(longest_s(launch.hang_timeout_s))),
-            run_dir=plan.run_dir,
+            run_dir=plan.run_dir if is_fixed else "",
             driver=lock.driver_of(plan.run_dir),
         ),
         scaling_config=ScalingConfig(

@@ -25,6 +25,7 @@ class StoppableTorchConfig(TorchConfig):
     """TorchConfig whose workers ask for a stop of the whole run on SIGTERM; a second one ends the process."""
 
     run_dir: str = ""
+    """Empty: SIGTERM ends the process, as Ray has it. An elastic run goes on without it."""
     driver: int = 0
 
     @property
@@ -35,7 +36,13 @@ class StoppableTorchConfig(TorchConfig):
 class StoppableTorchBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_training_start(self, worker_group: Any, backend_config: StoppableTorchConfig) -> None:
         super().on_training_start(worker_group, backend_config)
-        worker_group.execute(stop_on_sigterm, backend_config.run_dir, backend_config.driver)
+        if backend_config.run_dir:
+            worker_group.execute(stop_on_sigterm, backend_config.run_dir, backend_config.driver)
+
+    def on_shutdown(self, worker_group: Any, backend_config: StoppableTorchConfig) -> None:
+        # Before Ray ends those that are left of a group that failed: their SIGTERM is not the user's.
+        worker_group.execute_async(ended, backend_config.run_dir)
+        super().on_shutdown(worker_group, backend_config)
 
 
 def stop_on_sigterm(run_dir: str, driver: int) -> None:
