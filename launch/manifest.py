@@ -57,6 +57,9 @@ HEALTH = {
 GRACE_S = 120
 """Between SIGTERM and SIGKILL of a pod: time for a step and a checkpoint."""
 
+NOBODY = "http://127.0.0.1:9"
+"""Where Ray sends that its statistics are off."""
+
 
 @dataclass(frozen=True)
 class ManifestOptions:
@@ -188,6 +191,7 @@ def _cluster(plan: Plan, launch: Ray, options: ManifestOptions, *, name: str, ru
     env = {
         "BURNISH_RUN": run_dir,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_REPORT_URL": NOBODY,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "HF_HOME": f"{options.mount_path}/.huggingface",

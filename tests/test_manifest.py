@@ -138,6 +138,7 @@ def test_the_job_is_what_kuberay_takes():
         mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
         assert {"/mnt/shared", "/dev/shm", "/etc/burnish", "/etc/burnish-secret"} == mounts.keys()
         assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
+        assert {"name": "RAY_USAGE_STATS_REPORT_URL", "value": "http://127.0.0.1:9"} in container["env"]
         assert not container["securityContext"]["allowPrivilegeEscalation"]
 
 
