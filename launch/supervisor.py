@@ -77,14 +77,14 @@ def supervise(policy: Policy | None) -> Life:
             _become_the_run(parent, is_inline=policy is None)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
             return life
-        status, is_unwanted = _waited(child, watched, is_apart=policy is not None)
+        status, asked = _waited(child, watched, is_apart=policy is not None)
         end_marked(mark)
         remove_dead_folders()
         ended_by = signal.Signals(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else None
-        if ended_by is None and (os.WEXITSTATUS(status) in FINAL or policy is None or is_unwanted):
+        if ended_by is None and (os.WEXITSTATUS(status) in FINAL or policy is None):
             raise SystemExit(os.WEXITSTATUS(status))
-        if ended_by in BY_USER or is_unwanted:
-            raise _ended_by_user(ended_by)
+        if asked is not None or ended_by in BY_USER:
+            raise _ended_by_user(asked or ended_by)
         if policy is not None:
             _pause(policy(_cause(status)), watched)
             life = replace(life, restarts=life.restarts + 1)
@@ -129,17 +129,18 @@ def _become_the_run(parent: int, *, is_inline: bool) -> None:
         signal.signal(number, end_at_once)
 
 
-def _waited(child: int, watched: set[signal.Signals], *, is_apart: bool) -> tuple[int, bool]:
-    """The status of the child once it has ended, and whether the user asked for its end.
+def _waited(child: int, watched: set[signal.Signals], *, is_apart: bool) -> tuple[int, signal.Signals | None]:
+    """The status of the child once it has ended, and the signal with which the user asked for its end.
 
     A signal that only this process got is passed on to it, and every one to a child apart, in a group of its own. Who
     sends two does not wait for long.
     """
-    num_asked, deadline, last = 0, float("inf"), (0, 0.0)
+    asked: signal.Signals | None = None
+    deadline, last = float("inf"), (0, 0.0)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done == child:
-            return status, num_asked > 0
+            return status, asked
         info = signal.sigtimedwait(watched, min(60.0, max(0.0, deadline - time.monotonic())))
         if info is None and time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)
@@ -151,11 +152,11 @@ def _waited(child: int, watched: set[signal.Signals], *, is_apart: bool) -> tupl
         before, last = last, (info.si_signo, time.monotonic())
         if before[0] == last[0] and last[1] - before[1] < TWIN_S:
             continue
-        num_asked += 1
-        if num_asked > 1:
+        if asked is not None:
             deadline = min(deadline, time.monotonic() + IMPATIENT_S)
+        asked = signal.Signals(info.si_signo)
         if is_apart or info.si_code != SENT_BY_THE_KERNEL:
-            os.kill(child, PASSED_ON[signal.Signals(info.si_signo)])
+            os.kill(child, PASSED_ON[asked])
 
 
 def _pause(seconds: float, watched: set[signal.Signals]) -> None:
