@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..harness import backoff
 from ..harness.config import Config
 from ..harness.config_io import config_to_yaml, load_config, with_values
-from ..harness.errors import BurnishError, ConfigError, DataError, InfeasibleError, Interrupted, OutOfMemory
+from ..harness.errors import (
+    BurnishError,
+    ConfigError,
+    DataError,
+    InfeasibleError,
+    Interrupted,
+    OutOfMemory,
+    SupersededError,
+)
 from ..harness.lock import driver_of, fence
 from ..harness.plan import Plan, Resources
 from ..harness.reasons import written
@@ -210,6 +218,8 @@ def _write_inputs(run: RunDir, config: Config, plan: Plan, prepared: "Prepared",
 
 def _note_end(run: RunDir, error: BaseException, mode: Mode) -> None:
     """Writes how a run ended to its events, and removes a new directory in which nothing was trained."""
+    if isinstance(error, SupersededError):
+        return  # the directory is another's
     is_users_mistake = isinstance(error, ConfigError | InfeasibleError | DataError)
     if mode != "resume" and not run.metrics_jsonl.exists() and (is_users_mistake or not run.is_run):
         shutil.rmtree(run.path, ignore_errors=True)

@@ -9,10 +9,14 @@ import sys
 import time
 
 import pytest
+import tiny
 import torch
 from burnish.harness import checkpoint, faults, lock
+from burnish.harness.config_io import load_config
 from burnish.harness.engine import World
 from burnish.harness.errors import ConfigError, SupersededError
+from burnish.harness.run_dir import RunDir
+from burnish.launch import training
 
 STARTERS, RACERS = 5, 50
 RACE = """
@@ -167,3 +171,19 @@ def test_an_attempt_that_loses_the_fence_during_a_save_commits_nothing(tmp_path,
     with pytest.raises(SupersededError):
         save(3)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_run_that_another_attempt_has_taken_over_writes_nothing_more(tmp_path):
+    run = RunDir(tmp_path / "runs" / "tiny")
+    config = load_config([str(tiny.write_config(tmp_path, checkpoint={"every_steps": 2}))])
+    files = {}
+
+    def take_over(record):
+        if record.get("kind") == "train" and record["step"] == 3:
+            lock.fence(run.path)
+            files.update({path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()})
+
+    with pytest.raises(SupersededError):
+        training.train(config, mode="new", report=take_over)
+    assert files
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == files
