@@ -354,14 +354,12 @@ def test_sigterm_writes_a_checkpoint_exits_143_and_resume_goes_on_bit_for_bit(fo
 def test_ten_seconds_after_the_supervisor_is_killed_nothing_of_the_run_is_left(folder):
     process = started(folder, "orphaned")
     everything, shared = of_run(process), set(os.listdir("/dev/shm"))
-    folders = set(Path(leftovers._parent()).glob(f"{leftovers.PREFIX}*"))
+    pids = {one.pid for one in everything}
+    owners = Path(leftovers._parent()).glob(f"{leftovers.PREFIX}*/{leftovers.OWNER}")
+    [private] = [path.parent for path in owners if json.loads(path.read_text())["pid"] in pids]
     process.kill()
     process.wait()
     time.sleep(10)
     assert not [command_of(one.pid) for one in everything if one.is_alive()]
-    mine = [path for path in folders if path.exists() and path.stat().st_uid == os.geteuid()]
-    dead = [one for one in mine if (one / leftovers.OWNER).exists()]
-    assert not [
-        one for one in dead if json.loads((one / leftovers.OWNER).read_text())["pid"] in {p.pid for p in everything}
-    ]
+    assert not private.exists()
     assert set(os.listdir("/dev/shm")) <= shared
