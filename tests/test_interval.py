@@ -4,7 +4,10 @@ import math
 from itertools import pairwise
 
 import pytest
+import tiny
+from burnish.harness import interval
 from burnish.harness.config import Checkpoint
+from burnish.harness.config_io import load_config
 from burnish.harness.interval import (
     GPU_MTBF_S,
     LONGEST_S,
@@ -17,6 +20,7 @@ from burnish.harness.interval import (
     optimum_s,
     published_mtbf_s,
 )
+from burnish.launch import training
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -169,3 +173,26 @@ def test_a_number_is_a_number_of_steps():
     for wrong in ("often", 0, 1.5):
         with pytest.raises(ValidationError):
             Checkpoint(every_steps=wrong)
+
+
+def trained(folder, name, every_steps):
+    """(events, losses) of a whole run of 20 steps."""
+    adapter = {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
+    changes = {"adapter": adapter, "train__max_steps": 20, "generation": {"prompts": []}}
+    path = tiny.write_config(folder, name=name, checkpoint={"every_steps": every_steps}, **changes)
+    run = training.train(load_config([str(path)]), mode="new", report=lambda record: None)
+    losses = [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
+    return run.read_jsonl(run.events_jsonl), losses
+
+
+def test_a_run_saves_by_itself_says_how_often_and_computes_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(interval, "ASSUMED_SAVE_S", 1e-4)
+    monkeypatch.setattr(interval, "LONGEST_S", 0.02)
+    events, losses = trained(tmp_path, "auto", "auto")
+    saves = [event["step"] for event in events if event["event"] == "checkpoint"]
+    assert len(saves) > 1
+    assert saves[-1] == 20
+    [told, *_] = [event for event in events if event["event"] == "checkpoint_interval"]
+    assert told["every_steps"] >= 1
+    assert told["bound"] == "longest"
+    assert trained(tmp_path, "never", None)[1] == losses
