@@ -24,9 +24,9 @@ SURFACE = {
         "--json",
     ],
     "data": ["CONFIG | section.key=value+", "--json"],
-    "eval": ["RUN", "--split validation|test", "--json"],
-    "generate": ["RUN", "--prompt TEXT", "--max-new-tokens N", "--temperature T", "--json"],
-    "export": ["RUN", "--format adapter|merged", "--out DIR", "--json"],
+    "eval": ["RUN", "--trust-remote-code", "--split validation|test", "--json"],
+    "generate": ["RUN", "--trust-remote-code", "--prompt TEXT", "--max-new-tokens N", "--temperature T", "--json"],
+    "export": ["RUN", "--trust-remote-code", "--format adapter|merged", "--out DIR", "--json"],
     "report": ["RUN", "--json"],
     "doctor": ["--runs-dir DIR", "--json"],
     "bench": [
