@@ -85,8 +85,9 @@ MEASURED = """\
 ## Soak: many simulated ranks on one machine
 
 A tiny language model (2 layers of 32, LoRA, ZeRO-2, fp32) on `ray.cluster_utils.Cluster`: several Ray nodes on one
-machine, each of which declares more CPUs than there are, and every rank a process of its own. Measured; the times say
-how long so many processes take on so few cores, not how fast burnish trains.
+machine, each of which declares more CPUs than there are, and every rank a process of its own. Measured, while other
+processes used the same cores; the times say how long so many processes take on so few cores, most of it to start, not
+how fast burnish trains. With its memory for a rank, 32 of them want a machine with 24 GiB.
 """
 
 
