@@ -275,7 +275,9 @@ def died_for_memory(failures: Mapping[int, BaseException], *, has_killed: bool) 
     Ray does not say which signal ended a process: `has_killed` is that a cgroup has counted a kill meanwhile.
     """
     gone = [reason for error in failures.values() if is_gone(reason := reason_of(error))]
-    return bool(gone) and (has_killed or any(backoff.says_no_memory(str(error)) for error in gone))
+    # Ray ends the message about any process that is gone with what often ends one; that says nothing about this one.
+    said = [str(error).partition("Some common causes")[0] for error in gone]
+    return bool(gone) and (has_killed or any(map(backoff.says_no_memory, said)))
 
 
 def _prepare(config: dict[str, Any], cwd: str) -> dict[str, Any]:
