@@ -2,9 +2,12 @@
 
 from burnish.harness.config_hardware import Ray
 from burnish.harness.errors import ConfigError, TrainingError
+from burnish.harness.run_dir import RunDir
 from burnish.launch.ray_cluster import cluster
-from burnish.launch.ray_train import deterministic
+from burnish.launch.ray_train import cause_of, deterministic, died_for_memory, reason_of
 from burnish.launch.resources import detect
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 
 def test_a_process_may_start_one_cluster_after_the_other():
@@ -18,3 +21,14 @@ def test_only_what_a_restart_may_cure_is_tried_again():
     assert isinstance(deterministic(MemoryError("no room")), TrainingError)
     assert "micro_batch_size" in str(deterministic(MemoryError("no room")))
     assert deterministic(RuntimeError("connection reset by peer")) is None
+
+
+def test_a_dead_worker_explains_the_others_and_is_not_taken_for_one_that_found_no_memory(tmp_path):
+    """Ray Train wraps the end of a process, and Ray names the usual causes, the OOM killer among them, for any."""
+    usual = "End of file. Some common causes include: (1) the process was killed by the OOM killer due to high memory"
+    dead = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError(error_msg=usual))
+    failures = {0: RuntimeError("Connection closed by peer"), 1: reason_of(dead)}
+    assert isinstance(failures[1], RayActorError)
+    assert not died_for_memory({1: dead}, has_killed=False)
+    assert died_for_memory({1: dead}, has_killed=True)
+    assert cause_of(RunDir(tmp_path), failures) == "rank 1 died"

@@ -4,11 +4,6 @@ import hashlib
 import json
 import os
 import random
-import secrets
-import shutil
-import tempfile
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +11,7 @@ import tiny
 from burnish.harness.config_io import load_config
 from burnish.harness.faults import VARIABLE
 from burnish.harness.run_dir import RunDir
-from burnish.launch import processes, ray_train, training
+from burnish.launch import processes, training
 from ranks import RankPool, make_job
 from safetensors import safe_open
 
@@ -29,7 +24,6 @@ MANY = (
     (("kill", "step"), ("segv", "step"), ("kill", SAVES[0]), ("abrt", "step"), ("exit", "step")),
     (("raise", "step"), ("stop", "step"), ("segv", "step"), ("kill", SAVES[1]), ("kill", "step")),
 )
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 
 
 def changes(stage, num_faults):
@@ -124,98 +118,3 @@ def test_a_run_with_three_faults_is_the_undisturbed_run(tmp_path, monkeypatch):
 def test_runs_with_twenty_faults_are_the_undisturbed_run(tmp_path, monkeypatch, stage, kinds):
     took = check(tmp_path, monkeypatch, stage=stage, kinds=kinds, seed=stage)
     assert max(took.values()) < 60
-
-
-HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
-"""A node is dead for Ray's head after 9 s without an answer."""
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """A head and a node, each with room for one worker."""
-    from burnish.launch.ray_cluster import SETTINGS
-    from ray.cluster_utils import Cluster
-
-    token, folder = tmp_path / "token", Path(tempfile.mkdtemp(prefix="c-"))
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    for name, value in (SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}).items():
-        monkeypatch.setenv(name, value)
-    head = NODE | {"_system_config": HEALTH, "temp_dir": str(folder)}
-    found = Cluster(initialize_head=True, head_node_args=head)
-    yield found
-    found.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def worlds(run):
-    """The size of every group of workers that trained, in their order."""
-    return [event["world_size"] for event in run.read_jsonl(run.events_jsonl) if event["event"] == "start"]
-
-
-def wait_until(is_true, *, timeout_s=180):
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_shrinks_with_a_lost_node_and_grows_with_another(tmp_path, monkeypatch, cluster, stage):
-    """2 -> 1 -> 2 workers; the losses are those of two workers throughout, to 1e-6."""
-    settings = changes(stage, 4) | {"optimizer": {"name": "adamw", "learning_rate": 1e-3}}
-    expected = undisturbed(tmp_path, **settings)
-    node = cluster.add_node(**NODE)
-    monkeypatch.setattr(ray_train, "RESIZE_INTERVAL_S", 5.0)
-    monkeypatch.setenv(VARIABLE, json.dumps([{"rank": 0, "point": "step", "action": "sleep", "seconds": 0.8}]))
-    launch = {"type": "ray", "num_workers": [1, 2], "address": cluster.address, "max_failures": 3}
-    path = tiny.write_config(tmp_path, name="elastic", launch=launch, **settings)
-    run, times = RunDir(tmp_path / "runs" / "elastic"), {}
-
-    def disturb():
-        wait_until(lambda: len(losses(run)) > 2 * EVERY_STEPS)
-        cluster.remove_node(node, allow_graceful=False)
-        times["removed"] = time.time()
-        wait_until(lambda: worlds(run) == [2, 1])
-        cluster.add_node(**NODE)
-        times["added"] = time.time()
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    training.train(load_config([str(path)]), mode="new", report=lambda record: None)
-    thread.join()
-    resumed = [event["time"] for event in run.read_jsonl(run.events_jsonl) if event["event"] == "resume"]
-    shrunk_s, grown_s = resumed[0] - times["removed"], resumed[1] - times["added"]
-    print(f"stage {stage}: shrunk after {shrunk_s:.1f} s, grew after {grown_s:.1f} s")
-    assert worlds(run) == [2, 1, 2]
-    restarts = [event for event in run.read_jsonl(run.events_jsonl) if event["event"] == "restart"]
-    assert [event["cause"] for event in restarts][-1] == "resized from 1 to 2 workers"
-    assert all(event["lost_steps"] <= EVERY_STEPS for event in restarts), restarts
-    assert max(abs(a / b - 1) for a, b in zip(losses(run), losses(expected), strict=True)) < 1e-6
-
-
-@pytest.mark.nightly
-def test_workers_of_a_lost_node_start_on_another(tmp_path, monkeypatch, cluster):
-    settings = changes(2, 3)
-    expected = undisturbed(tmp_path, **settings)
-    node = cluster.add_node(**NODE)
-    cluster.add_node(**NODE)
-    monkeypatch.setenv(VARIABLE, json.dumps([{"rank": 0, "point": "step", "action": "sleep", "seconds": 0.2}]))
-    launch = {"type": "ray", "num_workers": 2, "address": cluster.address, "max_failures": 3}
-    path = tiny.write_config(tmp_path, name="moved", launch=launch, **settings)
-    run, times = RunDir(tmp_path / "runs" / "moved"), {}
-
-    def disturb():
-        wait_until(lambda: len(losses(run)) > 2 * EVERY_STEPS)
-        cluster.remove_node(node, allow_graceful=False)
-        times["removed"] = time.time()
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    training.train(load_config([str(path)]), mode="new", report=lambda record: None)
-    thread.join()
-    resumed = [event["time"] for event in run.read_jsonl(run.events_jsonl) if event["event"] == "resume"]
-    print(f"node lost: resumed after {[round(at - times['removed'], 1) for at in resumed]} s")
-    assert losses(run) == losses(expected)
-    assert weights_hash(run) == weights_hash(expected)
