@@ -4,7 +4,7 @@ from burnish.harness.config_hardware import Ray
 from burnish.harness.errors import ConfigError, TrainingError
 from burnish.harness.run_dir import RunDir
 from burnish.launch.ray_cluster import cluster
-from burnish.launch.ray_train import cause_of, deterministic, died_for_memory, reason_of
+from burnish.launch.ray_train import cause_of, deterministic, died_for_memory, note_resize, reason_of
 from burnish.launch.resources import detect
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -32,3 +32,19 @@ def test_a_dead_worker_explains_the_others_and_is_not_taken_for_one_that_found_n
     assert not died_for_memory({1: dead}, has_killed=False)
     assert died_for_memory({1: dead}, has_killed=True)
     assert cause_of(RunDir(tmp_path), failures) == "rank 1 died"
+
+
+def test_a_group_that_replaces_one_that_did_not_fail_is_a_restart_with_its_sizes(tmp_path):
+    run = RunDir(tmp_path)
+
+    def causes():
+        return [event["cause"] for event in run.read_jsonl(run.events_jsonl) if event["event"] == "restart"]
+
+    run.log_event("plan")
+    note_resize(run, 1)
+    run.log_event("start", world_size=1)
+    assert causes() == []
+    note_resize(run, 2)
+    assert causes() == ["resized from 1 to 2 workers"]
+    note_resize(run, 2)
+    assert len(causes()) == 1
