@@ -290,6 +290,8 @@ def _load_hub(source: Source) -> Any:
             )
         builder.download_and_prepare()
         return builder.as_dataset(split=source.split)
+    except ConfigError:
+        raise
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ConfigError(f"{source.path}: {str(error)[:300]}") from None
     except (OSError, ValueError, RuntimeError) as error:
