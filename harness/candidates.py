@@ -117,7 +117,8 @@ def survey(
     for filled in filled_configs(config, default, resources):
         plan = make_plan(filled, resources, run_dir=run_dir, cwd=cwd)
         prediction = predict(plan, profile, calibration)
-        cost = estimate(plan, profile, speeds)
+        is_short = prediction.peak_bytes > limits.device_bytes
+        cost = estimate(plan, profile, speeds, reread_bytes=prediction.mapped_bytes if is_short else 0)
         candidates.append(Candidate(plan, prediction, cost, over=_over(prediction, limits)))
     kept = _as_before(candidates, default, before)
     return Survey(kept or _pick(candidates, default), tuple(candidates), default, limits, speeds, kept is not None)
@@ -208,7 +209,7 @@ def _speeds(plan: Plan, resources: Resources, calibration: Calibration | None) -
 
 def _over(prediction: Prediction, limits: Limits) -> dict[str, int]:
     need = {
-        "device": (prediction.peak_bytes, limits.device_bytes),
+        "device": (prediction.needed_bytes, limits.device_bytes),
         "host": (prediction.host_bytes, limits.host_bytes),
         "nvme": (prediction.nvme_bytes, limits.nvme_bytes),
     }
