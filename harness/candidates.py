@@ -120,7 +120,8 @@ def survey(
         # Of an elastic run, the smallest group holds the most on each worker.
         sizes = (plan, smallest(plan)) if is_elastic(config) else (plan,)
         prediction = max((predict(one, profile, calibration) for one in sizes), key=lambda one: one.peak_bytes)
-        cost = estimate(plan, profile, speeds)
+        is_short = prediction.peak_bytes > limits.device_bytes
+        cost = estimate(plan, profile, speeds, reread_bytes=prediction.mapped_bytes if is_short else 0)
         candidates.append(Candidate(plan, prediction, cost, over=_over(prediction, limits)))
     kept = _as_before(candidates, default, before)
     return Survey(kept or _pick(candidates, default), tuple(candidates), default, limits, speeds, kept is not None)
@@ -211,7 +212,7 @@ def _speeds(plan: Plan, resources: Resources, calibration: Calibration | None) -
 
 def _over(prediction: Prediction, limits: Limits) -> dict[str, int]:
     need = {
-        "device": (prediction.peak_bytes, limits.device_bytes),
+        "device": (prediction.needed_bytes, limits.device_bytes),
         "host": (prediction.host_bytes, limits.host_bytes),
         "nvme": (prediction.nvme_bytes, limits.nvme_bytes),
     }

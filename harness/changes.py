@@ -78,7 +78,7 @@ def refusal(
         return InfeasibleError(f"{sentence}; no change that burnish knows makes it fit, use a smaller model")
     told = " ".join([*remedy.overrides, *([remedy.note] if remedy.note else [])])
     return InfeasibleError(
-        f"{sentence}. The cheapest change that fits: {told} ({size(remedy.best.prediction.peak_bytes)})"
+        f"{sentence}. The cheapest change that fits: {told} ({size(remedy.best.prediction.needed_bytes)})"
     )
 
 
@@ -87,7 +87,7 @@ def _parts(best: Candidate) -> str:
     prediction, place = best.prediction, next(iter(best.over))
     phase = max(prediction.phases, key=lambda name: prediction.phases[name], default="step")
     if place == "device" and prediction.phases.get(phase, 0) > prediction.phases.get("step", 0):
-        return f"in the phase {phase}; a step needs {size(prediction.phases['step'])}"
+        return f"in the phase {phase}; a step needs {size(prediction.phases['step'] - prediction.mapped_bytes)}"
     parts = {"device": prediction.device, "host": prediction.host, "nvme": prediction.nvme}[place]
     largest = sorted(parts.items(), key=lambda part: -part[1])[:MAX_NAMED_PARTS]
     return ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in largest if value)
@@ -188,9 +188,9 @@ class _Known:
         if config is None or profile is None or config.memory.budget != "auto":
             return None
         found = survey(config, room, profile, calibration=self.calibration)
-        leanest = min(found.candidates, key=lambda candidate: candidate.prediction.peak_bytes)
+        leanest = min(found.candidates, key=lambda candidate: candidate.prediction.needed_bytes)
         device = leanest.plan.device
-        wanted = leanest.prediction.peak_bytes / (1 - MARGIN[device])
+        wanted = leanest.prediction.needed_bytes / (1 - MARGIN[device])
         noun = "a GPU with" if device == "cuda" else "a host with"
         return _remedy(replace(change, note=f"and {noun} {size(wanted)} free for each worker"), leanest)
 

@@ -39,8 +39,11 @@ class Cost:
         return asdict(self)
 
 
-def estimate(plan: Plan, profile: Profile, speeds: Speeds) -> Cost:
-    """The cost of a step with full-length examples on every worker."""
+def estimate(plan: Plan, profile: Profile, speeds: Speeds, *, reread_bytes: int = 0) -> Cost:
+    """The cost of a step with full-length examples on every worker.
+
+    `reread_bytes`: of weights in files that do not stay in memory and are read from disk in every pass.
+    """
     forward, backward, recompute = _pass_flops(plan, profile)
     micro_batches = plan.gradient_accumulation_steps
     policy = profile.policies[plan.activation_checkpointing]
@@ -56,6 +59,8 @@ def estimate(plan: Plan, profile: Profile, speeds: Speeds) -> Cost:
     per_node = math.gcd(plan.world_size, speeds.fabric.gpus_per_node)
     communication_s = traffic_s(traffic, plan.world_size, replace(speeds.fabric, gpus_per_node=per_node))
     offload_s, offload_bytes = _offload(plan, profile, speeds)
+    reread = micro_batches * passes * reread_bytes
+    offload_s, offload_bytes = offload_s + reread / speeds.nvme_bytes_per_s, offload_bytes + reread
     return Cost(
         step_s=overlapped_step_s(compute_s, communication_s + offload_s, speeds.overlap) + optimizer_s,
         compute_s=compute_s,

@@ -49,17 +49,23 @@ class Prediction:
     """Peak bytes of one worker, by part, on its device, in its share of host memory and in files on nvme.
 
     On a CPU the device is the host and `host` is empty. `phases` has the device's peak in each phase (load, step,
-    evaluation, save); the parts in `device` are those of the step. `peak_bytes` is what must fit.
+    evaluation, save); the parts in `device` are those of the step. `needed_bytes` is what must fit.
     """
 
     device: Mapping[str, int]
     host: Mapping[str, int]
     nvme: Mapping[str, int]
     phases: Mapping[str, int]
+    mapped_bytes: int = 0
+    """Of every phase: weights mapped from files, whose pages the kernel drops where there is no room."""
 
     @property
     def peak_bytes(self) -> int:
         return max([sum(self.device.values()), *self.phases.values()])
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes - self.mapped_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -70,7 +76,7 @@ class Prediction:
         return sum(self.nvme.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"peak_bytes": self.peak_bytes}
+        return asdict(self) | {"peak_bytes": self.peak_bytes, "needed_bytes": self.needed_bytes}
 
 
 def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) -> Prediction:
@@ -98,7 +104,20 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
         "evaluation": max(step if is_kept else 0, at_rest + evaluation_bytes(plan, profile)),
         "save": max(step if is_kept else 0, at_rest + save_bytes(plan, profile)),
     }
-    return Prediction(device={name: size for name, size in device.items() if size}, host=host, nvme=nvme, phases=phases)
+    return Prediction(
+        device={name: size for name, size in device.items() if size},
+        host=host,
+        nvme=nvme,
+        phases=phases,
+        mapped_bytes=mapped_bytes(plan, profile),
+    )
+
+
+def mapped_bytes(plan: Plan, profile: Profile) -> int:
+    """Quantised weights that stay in their prepared file: on a CPU, where no engine makes copies of its own."""
+    if plan.device != "cpu" or plan.engine != "torch" or not profile.is_in_files:
+        return 0
+    return quantized_bytes(plan.config.quantization, profile.counts.quantized)
 
 
 def lasting_bytes(plan: Plan, profile: Profile) -> dict[str, int]:

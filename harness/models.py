@@ -206,6 +206,14 @@ def _from_name(config: Config, origin: Origin, model_config: Any, *, quantizatio
     return Dense(model, info, {})
 
 
+def has_plain_files(config: Config) -> bool:
+    """Whether the model lies on this machine in files whose weights are mapped. Raises ConfigError."""
+    origin = model_origin(config)
+    if origin is None or not origin.is_local or config.model.trust_remote_code:
+        return False
+    return weight_files(origin, load_config_of_model(config)) is not None
+
+
 def _shelf(config: Config, files: list[str] | None, *, device: str) -> Callable[..., AbstractContextManager[Keep]]:
     """Where what is made of these files is kept: beside the runs on a CPU, where all processes can use it in place."""
     if files is None or torch.device(device).type != "cpu":

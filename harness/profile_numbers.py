@@ -117,6 +117,8 @@ class Profile(Shapes):
     """none, selective and full."""
     evaluation: Activations
     """Forward alone, in evaluation."""
+    is_in_files: bool = False
+    """Whether a CPU maps the quantised weights from prepared files: told by where the model is, not by its shape."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -64,7 +64,7 @@ def excess(candidate: Candidate, survey: Survey) -> str:
     prediction, limits = candidate.prediction, survey.limits
     device = "GPU" if candidate.plan.device == "cuda" else "worker"
     told = {
-        "device": f"{size(prediction.peak_bytes)} of {size(limits.device_bytes)} a {device}",
+        "device": f"{size(prediction.needed_bytes)} of {size(limits.device_bytes)} a {device}",
         "host": f"{size(prediction.host_bytes)} of {size(limits.host_bytes)} of host memory a worker",
         "nvme": f"{size(prediction.nvme_bytes)} of {size(limits.nvme_bytes)} on disk a worker",
     }

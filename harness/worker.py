@@ -166,6 +166,10 @@ def set_up_process(plan: Plan, world: World) -> None:
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
+    if plan.engine == "deepspeed":
+        from .zero import load_operators
+
+        load_operators(plan)
     torch.manual_seed(plan.config.seed)
 
 

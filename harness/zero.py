@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from .zero_state import flat_masters, gather_state, is_stage_3, scatter_state
 
 NAMES = {"AsyncIOBuilder": "async_io", "CPUAdamBuilder": "cpu_adam"}
 """DeepSpeed's builders and what they build."""
+COMPILERS = "2"
+"""At a time: each takes 1.7 GB for a source file that includes torch's headers."""
 MIN_FILE_BYTES = 2**20
 """Smaller tensors are not worth a file."""
 
@@ -114,8 +117,7 @@ class ZeroEngine:
         folder = None if self.folder is None else str(self.folder)
         for section, values in offload_config(plan, folder=folder, extent=extent).items():
             settings[section] = settings.get(section, {}) | values
-        if self.folder is not None:
-            _build("AsyncIOBuilder")
+        load_operators(plan)
         if self.masters:
             optimizer = self.masters.optimizer
         elif self.is_offloaded and plan.device == "cuda":
@@ -277,15 +279,26 @@ def _extent(model: torch.nn.Module, world_size: int) -> Extent:
 
 def adamw_on_host(config: Config, trained: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW for partitions in host memory, with the groups and numbers of `make_optimizer`."""
-    _build("CPUAdamBuilder")
     options = config.optimizer
     assert options.name == "adamw", options
     groups = parameter_groups(trained.items(), options.weight_decay)
     return DeepSpeedCPUAdam(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, adamw_mode=True)
 
 
-def _build(builder: str) -> None:
-    """Loads an operator of DeepSpeed, built with the host's compiler the first time (a minute). Raises ConfigError."""
+def load_operators(plan: Plan) -> None:
+    """DeepSpeed's operators for the plan's offload. A first call builds them, so it comes before weights take memory.
+
+    Raises ConfigError.
+    """
+    if "nvme" in (plan.offload_optimizer, plan.offload_param):
+        _load("AsyncIOBuilder")
+    if plan.offload_optimizer != "none" and plan.device == "cuda":
+        _load("CPUAdamBuilder")
+
+
+def _load(builder: str) -> None:
+    """Loads an operator, built with the host's compiler the first time (minutes). Raises ConfigError."""
+    os.environ.setdefault("MAX_JOBS", COMPILERS)
     try:
         with one_builder_at_a_time(Path(cpp_extension._get_build_directory(NAMES[builder], verbose=False))):
             getattr(op_builder, builder)().load(verbose=False)

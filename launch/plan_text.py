@@ -94,6 +94,8 @@ def _prediction(answer: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {spaced(name):<26}" + "".join(f"{_size(prediction[place].get(name)):>12}" for place in places)
     totals = [sum(prediction[place].values()) for place in places]
     yield f"  {'total':<26}" + "".join(f"{size(total):>12}" for total in totals)
+    if mapped := prediction["mapped_bytes"]:
+        yield f"  {'of it in mapped files':<26}{size(mapped):>12}"
     yield f"  {'may use':<26}" + "".join(f"{size(limits[f'{place}_bytes']):>12}" for place in places)
     yield from textwrap.wrap(limits["why"], WIDTH, initial_indent="  limit: ", subsequent_indent="         ")
     yield "  phases: " + ", ".join(f"{name} {size(value)}" for name, value in prediction["phases"].items())

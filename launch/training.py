@@ -144,7 +144,7 @@ def smaller_run(plan: Plan, resources: Resources) -> str:
     choice = planned(config, resources).choice
     if choice is None:
         return ""
-    budget = int((1 - LESS) * choice.prediction.peak_bytes)
+    budget = int((1 - LESS) * choice.prediction.needed_bytes)
     try:
         planned(with_values(config, {"memory.budget": budget}), resources)
     except InfeasibleError as error:

@@ -348,6 +348,7 @@ faults.arm("step.micro_batch", fail)
 """
 
 
+@pytest.mark.nightly
 def test_two_workers_go_on_together_after_one_found_no_memory(tmp_path, monkeypatch, config_of):
     """Python runs sitecustomize.py when it starts: that is how the fault gets into the workers."""
     (tmp_path / "site").mkdir()

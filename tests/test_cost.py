@@ -105,6 +105,16 @@ def test_offloaded_weights_come_up_twice_for_every_micro_batch():
     assert cost.offload_bytes == 4 * 2 * 2 * found.counts.total
 
 
+def test_weights_that_do_not_stay_in_memory_are_read_in_every_pass():
+    plan = make_plan(make_config(train={"micro_batch_size": 4}), gpus(1, 80), run_dir="", cwd="")
+    slow = replace(INSTANT, nvme_bytes_per_s=1e9)
+    cost, usual = estimate(plan, profile(), slow, reread_bytes=10**9), estimate(plan, profile(), slow)
+    assert plan.gradient_accumulation_steps == 2
+    assert cost.step_s - usual.step_s == pytest.approx(4)
+    again = replace(plan, activation_checkpointing="full")
+    assert estimate(again, profile(), slow, reread_bytes=10**9).offload_s == pytest.approx(6)
+
+
 def test_what_overlaps_hides_behind_computing():
     sections = {"workers": 2, "resources": gpus(2, 80)}
     fabric = Hardware("", 0, 0, 2, Link(1e9, 0), Link(1e9, 0))

@@ -12,7 +12,9 @@ MOST_FREQUENT_DIGIT = 0.25
 """No digit makes up more of a validation split."""
 
 
-@pytest.mark.parametrize(("backbone", "least"), [("resnet", 0.75), ("vit", 0.80)])
+@pytest.mark.parametrize(
+    ("backbone", "least"), [("resnet", 0.75), pytest.param("vit", 0.80, marks=pytest.mark.nightly)]
+)
 def test_a_backbone_pre_trained_on_five_digits_learns_the_other_five(tmp_path, backbone, least):
     for name in (f"digits_{backbone}_pretrain", f"digits_{backbone}"):
         command = [sys.executable, "-m", "burnish.launch.cli", "train", str(CONFIGS / f"{name}.yaml"), "--json"]

@@ -116,7 +116,10 @@ def interrupt(folder, config, *, after_step):
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("launch", [{"type": "inline"}, RAY], ids=["inline", "ray"])
+@pytest.mark.parametrize(
+    "launch",
+    [pytest.param({"type": "inline"}, id="inline"), pytest.param(RAY, id="ray", marks=pytest.mark.nightly)],
+)
 def test_one_sigint_writes_a_checkpoint_exits_130_and_resume_goes_on_bit_for_bit(tmp_path, launch):
     adapter = {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
     train = {"max_steps": 400, "global_batch_size": 8, "micro_batch_size": 4, "num_threads": 1}

@@ -15,6 +15,10 @@ from fusion_cases import FAMILIES, loss_sum, make_config, make_model, train
 
 METHODS = ("lora", "qlora", "dora")
 POLICIES = ("none", "selective", "full")
+EACH_POLICY = [
+    pytest.param(method, policy, marks=() if policy == "none" or method == "lora" else pytest.mark.nightly)
+    for method, policy in itertools.product(METHODS, POLICIES)
+]
 NIGHTLY = [pytest.param(method, marks=pytest.mark.nightly) for method in METHODS[1:]]
 """The methods that drop out by the same code as lora."""
 REFERENCE: dict[tuple[str, str], list[float]] = {}
@@ -27,8 +31,7 @@ def reference(family, method):
     return REFERENCE[family, method]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "policy"), EACH_POLICY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_equals_unfused(family, method, policy):
     found = train(family, method, policy=policy)

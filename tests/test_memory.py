@@ -255,3 +255,13 @@ def test_what_is_lost_is_a_share_of_what_comes_and_goes() -> None:
         without.device.get(name, 0) for name in ("weights", "master_weights", "optimizer_state")
     )
     assert lossy.phases["step"] - without.phases["step"] == 1000 + round(0.1 * come_and_go)
+
+
+def test_quantised_weights_in_files_need_no_memory_of_their_own() -> None:
+    plan = small_plan(quantization={"type": "nf4"}, adapter={"method": "qlora"})
+    found = replace(PROFILE, counts=Counts(1000, 60, 640), layer=Counts(200, 12, 160))
+    kept, mapped = predict(plan, found), predict(plan, replace(found, is_in_files=True))
+    assert mapped.peak_bytes == kept.peak_bytes == kept.needed_bytes
+    assert kept.needed_bytes - mapped.needed_bytes == quantized_bytes(plan.config.quantization, 640) == 334
+    for other in (replace(plan, device="cuda"), replace(plan, engine="deepspeed")):
+        assert predict(other, replace(found, is_in_files=True)).mapped_bytes == 0

@@ -10,7 +10,7 @@ from burnish.harness.calibration import Calibration
 from burnish.harness.candidates import MARGIN, SETTINGS, survey
 from burnish.harness.changes import changed, cheapest
 from burnish.harness.errors import BurnishError, ConfigError, InfeasibleError
-from burnish.harness.memory import predict
+from burnish.harness.memory import Prediction, predict
 from burnish.harness.plan import Plan, make_plan
 from burnish.harness.planner import choose
 from made_up_memory import GIB, cpu, gpus, make_config, profile, profile_for, ray
@@ -128,6 +128,21 @@ def test_what_the_config_fixes_is_kept_and_auto_stays_in_the_config():
 def test_workers_of_a_cpu_share_its_memory():
     alone, two = (chosen(cpu(16), launch=ray(n)) for n in (1, 2))
     assert alone.limits.device_bytes > 1.9 * two.limits.device_bytes
+
+
+def test_weights_in_files_need_not_fit_and_what_must_read_them_again_is_slower(monkeypatch):
+    """2 GiB of 3 are in files: 2 GiB are enough, but then every pass reads them."""
+
+    def in_files(plan, profile, calibration=None):
+        return replace(Prediction({"weights": 3 * GIB}, {}, {}, {}), mapped_bytes=2 * GIB)
+
+    monkeypatch.setattr(candidates, "predict", in_files)
+    ample, scarce = chosen(cpu(8)), chosen(cpu(2))
+    assert ample.chosen.cost.offload_bytes == 0
+    assert scarce.chosen.cost.offload_bytes == 2 * 2 * GIB
+    assert scarce.chosen.step_s > ample.chosen.step_s
+    with pytest.raises(InfeasibleError, match=r"needs 1 GiB of"):
+        chosen(cpu(1.5))
 
 
 def test_a_budget_overrides_the_devices_memory():
