@@ -3,10 +3,10 @@
     heartbeats/rank_00001.json    {rank, step, phase, since, pid, start_ticks, host}; written at most once a second
     hangs/…                       stacks of all threads of a rank that hung
 
-A rank that makes no progress for `launch.hang_timeout_s` (longer in phases where it may wait for rank 0 alone) ends its
-process, so that the launcher replaces the group. Before that it writes down its stacks and names, from everyone's
-files, the rank that is furthest behind: the others only wait for it. One that is stopped cannot end itself, so the
-watchdog of another rank on its host kills it.
+A rank that makes no progress for `launch.hang_timeout_s` (longer in phases where it may wait for rank 0 alone, and in
+work that has taken longer before) ends its process, so that the launcher replaces the group. Before that it writes down
+its stacks and names, from everyone's files, the rank that is furthest behind: the others only wait for it. One that is
+stopped cannot end itself, so the watchdog of another rank on its host kills it.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ BEAT_S = 1.0
 PATIENCE = {"load": 8.0, "first_step": 4.0, "evaluation": 4.0, "save": 8.0, "finish": 8.0}
 """Times hang_timeout_s: the first step compiles and follows answers to prompts, evaluation may have larger batches, and
 rank 0 alone writes, generates and proves."""
+SLOWER = 4.0
+"""Times the longest that the same phase has taken in this process: a slow machine is no hang."""
 EXIT_CODE = 71
 GRACE_S = 5.0
 """After it a watchdog in C, which needs no interpreter lock, ends a process whose own thread cannot."""
@@ -69,6 +71,7 @@ class Watchdog:
         self.current = self._made(step=0, phase="load", count=0)
         self.began = time.monotonic()
         self.written: Beat | None = None
+        self.longest_s: dict[str, float] = {}
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -96,6 +99,8 @@ class Watchdog:
     def note(self, phase: str, *, step: int) -> None:
         """Progress: this rank begins something else. `step` is the number of steps done. Writes no file."""
         count = self.current.count + 1 if step == self.current.step else 0
+        for name in {self.current.phase, "step" if self.current.phase == "first_step" else self.current.phase}:
+            self.longest_s[name] = max(self.longest_s.get(name, 0.0), time.monotonic() - self.began)
         self.current, self.began = self._made(step=step, phase=phase, count=count), time.monotonic()
 
     def _made(self, *, step: int, phase: str, count: int) -> Beat:
@@ -103,7 +108,9 @@ class Watchdog:
 
     def _left_s(self) -> float:
         """How much longer the rank may do what it does. A host that sleeps does not use it up."""
-        return self.timeout_s * PATIENCE.get(self.current.phase, 1.0) - (time.monotonic() - self.began)
+        phase = self.current.phase
+        allowed_s = max(self.timeout_s * PATIENCE.get(phase, 1.0), SLOWER * self.longest_s.get(phase, 0.0))
+        return allowed_s - (time.monotonic() - self.began)
 
     def _watch(self) -> None:
         """In a thread of its own: writes the heartbeat where it changed, and waits for the time to be up."""

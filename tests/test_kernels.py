@@ -30,7 +30,9 @@ def combinations() -> Iterator[Any]:
                     continue
                 if backend == "native" and dtype not in native.SUFFIX:
                     continue
-                yield pytest.param(name, backend, dtype, id=f"{name}-{backend}-{str(dtype)[6:]}")
+                is_slow = backend == "triton" and dtype != torch.float32 and not ON_GPU
+                marks = pytest.mark.nightly if is_slow else ()
+                yield pytest.param(name, backend, dtype, id=f"{name}-{backend}-{str(dtype)[6:]}", marks=marks)
 
 
 @pytest.fixture(autouse=True)

@@ -107,6 +107,17 @@ def test_some_phases_may_take_longer(tmp_path):
         assert hung.wait(10)
 
 
+def test_work_that_took_long_before_may_take_long_again(tmp_path):
+    run, hung = new_run(tmp_path), threading.Event()
+    with Watchdog(run, rank=0, timeout_s=0.5, on_hang=hung.set) as dog:
+        dog.note("first_step", step=0)
+        time.sleep(1.2)
+        dog.note("step", step=1)
+        time.sleep(1.5)
+        assert not hung.is_set()
+        assert hung.wait(20)
+
+
 def beat(rank, *, step=3, count=2, since=100.0, pid=2**22 + 1):
     return Beat(rank, step, "step", count, since, pid=pid, start_ticks=1, host="elsewhere")
 
