@@ -117,13 +117,15 @@ WIRE_NOTES = (
     "formula: arXiv 1910.02054 section 7 with ring factors (n-1)/n, gradients in fp32 (what burnish accumulates and "
     "DeepSpeed is told to communicate), weights in bf16: all-reduce of the gradients (stage 0), reduce-scatter of them "
     "and all-gather of the trained weights (1, 2), two all-gathers of all weights and a reduce-scatter (3)",
-    "collectives called: counted where they pass PyTorch's dispatcher. DeepSpeed 0.19 all-reduces the buckets of "
-    "stages 1 and 2 (2: use_multi_rank_bucket_allreduce) where the formula has a reduce-scatter; stage 3 keeps "
-    "gathered weights from forward to backward in a model of less than a billion parameters "
-    "(stage3_max_reuse_distance), one all-gather less",
+    "collectives called: counted where they pass PyTorch's dispatcher. DeepSpeed 0.19 all-reduces the buckets of stage "
+    "1, and burnish has it do so in stage 2 between two CPU workers, where the formula has a reduce-scatter; with more "
+    "workers stage 2 reduces each gradient to the worker that owns it. Stage 3 keeps weights from forward to backward "
+    "that are used again within 50 million parameters (stage3_max_reuse_distance): here all of them, so that one "
+    "all-gather is left out",
     "as the backend runs them: gloo's reduce-scatter is an all-reduce of which every rank keeps a part "
     "(ProcessGroupGloo.cpp)",
-    "on the wire: counters of the loopback interface, with the headers of TCP, less what others send in that time",
+    "on the wire: counters of the loopback interface, with the headers of TCP, less what others send in that time; "
+    "gloo's reduce sends more than a ring would (stage 2 with 4 workers)",
 )
 
 
