@@ -87,6 +87,16 @@ class Job:
         if not self.may_write():
             raise SupersededError
 
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must not differ between the run that saved a checkpoint and the run that resumes it."""
+        return identity(
+            self.plan,
+            train_store=self.prepared.train,
+            base_fingerprint=unwrap(self.engine.model).base_fingerprint,
+            processor=self.processor,
+        )
+
     def emit(self, event: dict[str, Any]) -> None:
         """Writes an event to events.jsonl and hands it to the launcher; rank 0 only."""
         if self.is_first:
@@ -242,23 +252,13 @@ def _restore(job: Job) -> int:
         job.metrics.start(0)
         return 0
     state, trainer, rng = checkpoint.load(path, job.world.rank)
-    checkpoint.check_same(trainer, _identity(job))
+    checkpoint.check_same(trainer, job.identity)
     job.engine.load_state(state)
     checkpoint.set_rng_state(rng)
     job.samples, job.num_skipped = trainer["samples"], trainer.get("skipped", 0)
     job.metrics.start(trainer["step"])
     job.emit({"event": "resume", "step": trainer["step"], "path": str(path)})
     return int(trainer["step"])
-
-
-def _identity(job: Job) -> dict[str, Any]:
-    """What must not differ between the run that saved a checkpoint and the run that resumes it."""
-    return identity(
-        job.plan,
-        train_store=job.prepared.train,
-        base_fingerprint=unwrap(job.engine.model).base_fingerprint,
-        processor=job.processor,
-    )
 
 
 def _train(job: Job, first_step: int) -> int:
@@ -311,7 +311,7 @@ def _save(job: Job, step: int) -> float:
             job.plan.run_dir,
             step,
             state=job.engine.state(),
-            trainer={"step": step, "samples": job.samples, "skipped": job.num_skipped} | _identity(job),
+            trainer={"step": step, "samples": job.samples, "skipped": job.num_skipped} | job.identity,
             world=job.world,
             barrier=job.engine.barrier,
             keep=job.plan.config.checkpoint.keep,
