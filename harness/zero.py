@@ -8,6 +8,7 @@ caller before this module is imported.
 """
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -296,6 +297,7 @@ def load_operators(plan: Plan) -> None:
         _load("CPUAdamBuilder")
 
 
+@functools.cache
 def _load(builder: str) -> None:
     """Loads an operator, built with the host's compiler the first time (minutes). Raises ConfigError."""
     os.environ.setdefault("MAX_JOBS", COMPILERS)
