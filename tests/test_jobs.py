@@ -17,6 +17,7 @@ from burnish.harness.errors import ConfigError, InfeasibleError, Interrupted, Tr
 from burnish.launch import job_commands, job_entry, jobs
 from burnish.launch.cli import main
 from burnish.launch.jobs import Job, Node, Server, free_name
+from job_cases import job_config
 from ray.job_submission import JobStatus
 
 URL = "http://10.0.0.1:8265"
@@ -94,24 +95,7 @@ def cluster(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A config in the current folder whose data travels and whose model does not."""
-    work, shared = tmp_path / "work", tmp_path / "shared"
-    for folder in (work, shared / "model"):
-        folder.mkdir(parents=True)
-    (work / "rows.jsonl").write_text('{"text": "a"}\n')
-    values = {
-        "name": "tiny",
-        "runs_dir": str(shared / "runs"),
-        "model": {"path": str(shared / "model")},
-        "task": {"type": "causal_lm"},
-        "data": {"train": "rows.jsonl"},
-        "adapter": {"method": "full"},
-        "train": {"max_steps": 1},
-        "launch": {"type": "ray", "num_workers": 2},
-    }
-    (work / "config.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.chdir(work)
-    return work / "config.yaml"
+    return job_config(tmp_path, monkeypatch)
 
 
 def run(capsys, *arguments):

@@ -6,32 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from burnish.harness.config_io import load_config
 from burnish.harness.errors import ConfigError
 from burnish.launch import job_entry, staging
+from job_cases import job_config
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A config in the current folder whose data travels."""
-    work, shared = tmp_path / "work", tmp_path / "shared"
-    for folder in (work, shared / "model"):
-        folder.mkdir(parents=True)
-    (work / "rows.jsonl").write_text('{"text": "a"}\n')
-    values = {
-        "name": "tiny",
-        "runs_dir": str(shared / "runs"),
-        "model": {"path": str(shared / "model")},
-        "task": {"type": "causal_lm"},
-        "data": {"train": "rows.jsonl"},
-        "adapter": {"method": "full"},
-        "train": {"max_steps": 1},
-        "launch": {"type": "ray", "num_workers": 2},
-    }
-    (work / "config.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.chdir(work)
-    return work / "config.yaml"
+    return job_config(tmp_path, monkeypatch)
 
 
 def test_what_travels_is_a_package_of_its_own_with_a_version(tmp_path):
