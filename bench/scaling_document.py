@@ -69,17 +69,16 @@ The ranks gather it to the first, which writes it ({failures.WRITE_BYTES_PER_S /
 {failures.START_S:g} s (assumed), then every node reads the checkpoint ({failures.READ_BYTES_PER_S / 1e9:g} GB/s each,
 assumed) and every rank hashes it.
 
-`auto` saves at the interval of least expected time (Young 1974; Daly, FGCS 22(3), 2006), every {duration(LONGEST_S)}
-where that is longer, and in no case so often that saving takes more than {100 * MAX_COST:g} % of the time. The share is
+`auto` saves at the interval of least expected time (Young 1974; Daly, FGCS 22(3), 2006). Where that is longer than
+{duration(LONGEST_S)}, it saves that often, or as often as {100 * MAX_COST:g} % of the time allows. The share is
 training over time at the rate of Meta RSC (1,024): by Daly's complete model, and in a simulation of
 {failures.NUM_FAILURES:,} failures of single nodes (`bench/failures.py`, seed 0), which lies within
 {100 * failures.TOLERANCE:g} points of it.
 """
 LIMITS = """\
 With an adapter, saving costs next to nothing and a failure little more than the restart. Full fine-tuning of a large
-model is limited by the one writer. Where the bound of the cost holds, the optimum saves less often on few GPUs (and a
-failure would lose more hours) or more often on many, which trains more at this rate of failures; a number in
-`checkpoint.every_steps` overrides `auto`, and faster storage raises the share of both.
+model is limited by the one writer: faster storage raises its share. On few GPUs `auto` saves more often than the
+optimum, so that a failure loses less; a number in `checkpoint.every_steps` overrides it.
 """
 MEASURED = """\
 ## Soak: many simulated ranks on one machine

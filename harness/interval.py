@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .engine import World
 
 MAX_COST = 0.035
-"""Share of the time that may go into saving: the bound that CheckFreq keeps (FAST'21)."""
+"""Share of the time that may go into saving beyond what failures call for: the bound that CheckFreq keeps (FAST'21)."""
 LONGEST_S = 1800.0
-"""Most training between two saves, however rare failures are."""
+"""Most training between two saves, however rare failures are, where saves are cheap enough for it."""
 ASSUMED_SAVE_S = 10.0
 """Until a save was measured."""
 GPU_MTBF_S = 7.9 * 1024 * 3600
@@ -64,13 +64,13 @@ def optimum_s(save_s: float, mtbf_s: float) -> float:
 
 
 def decide(*, step_s: float, save_s: float, mtbf_s: float) -> Decision:
-    """The optimum, but never over LONGEST_S, and above all never so short that saving takes more than MAX_COST."""
+    """The optimum, but no longer than LONGEST_S or than saves of MAX_COST need, whichever is the longer of the two."""
     cheapest_s = save_s * (1 / MAX_COST - 1)
     best_s = optimum_s(save_s, mtbf_s)
-    interval_s = max(min(best_s, LONGEST_S), cheapest_s)
     bound: Literal["optimum", "cost", "longest"] = "optimum"
+    interval_s = min(best_s, max(LONGEST_S, cheapest_s))
     if interval_s != best_s:
-        bound = "cost" if interval_s == cheapest_s else "longest"
+        bound = "cost" if cheapest_s > LONGEST_S else "longest"
     return Decision(max(1, math.ceil(interval_s / step_s)), interval_s, step_s, save_s, mtbf_s, bound)
 
 
@@ -80,7 +80,10 @@ def published_mtbf_s(device: str, num_workers: int) -> float:
 
 
 def mean_time_between_failures_s(events: Sequence[Mapping[str, Any]], *, published_s: float, now: float) -> float:
-    """The published time, or that of the run so far, by its events, where this is shorter."""
+    """The published time, or that of the run so far, by its events, where this is shorter.
+
+    So a run that failed twice while it started saves often at first, and less often the longer it goes on.
+    """
     names = [event.get("event") for event in events]
     num_failures = max(names.count("restart"), names.count("worker_failure"))
     if num_failures < MIN_FAILURES:
@@ -131,7 +134,7 @@ class Auto:
     ) -> None:
         """`share` gives every rank rank 0's number; `events` are those of the run so far, on rank 0."""
         self.is_first, self.share, self.tell, self.clock = is_first, share, tell, clock
-        self.mtbf_s = mean_time_between_failures_s(events, published_s=published_s, now=time.time())
+        self.published_s, self.events, self.epoch_s = published_s, events, time.time() - clock()
         saves_s = [float(event["time_s"]) for event in events if event.get("event") == "checkpoint"]
         self.save_times_s = deque(saves_s, maxlen=NUM_SAVES)
         self.told = 0
@@ -155,7 +158,9 @@ class Auto:
         """Steps until the next save: 0 where it is due."""
         num_steps, elapsed_s = done - self.saved_step, self.clock() - self.since_s
         save_s = statistics.median(self.save_times_s) if self.save_times_s else ASSUMED_SAVE_S
-        found = decide(step_s=max(elapsed_s / num_steps, 1e-6), save_s=save_s, mtbf_s=self.mtbf_s)
+        now = self.epoch_s + self.clock()
+        mtbf_s = mean_time_between_failures_s(self.events, published_s=self.published_s, now=now)
+        found = decide(step_s=max(elapsed_s / num_steps, 1e-6), save_s=save_s, mtbf_s=mtbf_s)
         left = max(0, math.ceil((found.interval_s - elapsed_s) / found.step_s))
         if (num_steps >= MIN_STEPS or left == 0) and abs(found.every_steps - self.told) > CHANGE * self.told:
             self.told = found.every_steps

