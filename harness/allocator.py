@@ -1,8 +1,14 @@
-"""The C allocator of a training process."""
+"""The allocator of a training process on a CPU: what a step frees serves the next, and no more is held than is used.
+
+PyTorch frees and allocates the same large tensors in each layer and step. Given back to the kernel, they would cost a
+page fault per 4 KiB; kept in the C library's heap, they leave holes. So `cpp/allocator.cpp` keeps large blocks itself.
+"""
 
 import ctypes
+import functools
 import gc
 import sys
+from pathlib import Path
 
 import torch
 
@@ -10,14 +16,40 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt(3)."""
 KEPT_BYTES = 2**31 - 1
 GROWTH_BYTES = 256 * 2**20
+SOURCES = Path(__file__).parent / "cpp"
+FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC")
 
 
-def keep_freed_memory() -> bool:
-    """Lets glibc keep freed activations instead of returning them to the kernel after every step.
+def keep_freed_memory() -> None:
+    """Large CPU tensors come from the pool from now on; glibc keeps what else is freed. Without Linux nothing changes.
 
-    PyTorch frees and allocates the same large buffers each step; giving them back costs a page fault per 4 KiB. What
-    was freed before (by loading) goes back first. False where the C library is another one.
+    What was freed before (by loading) goes back to the kernel first.
     """
+    keep_heap()
+    if (found := pool()) is not None:
+        found.allocator_install()
+
+
+@functools.cache
+def pool() -> ctypes.CDLL | None:
+    """The library of the pool; None where it cannot be built, and the heap has to do."""
+    from ..kernels.native import built
+
+    of_torch = Path(torch.__file__).parent
+    flags = (*FLAGS, f"-I{of_torch / 'include'}", f"-L{of_torch / 'lib'}", "-lc10")
+    return built("allocator", SOURCES, flags, without="freed tensors leave holes in the heap")
+
+
+def pool_bytes() -> tuple[int, int, int]:
+    """Bytes of large CPU tensors in use, kept for the next ones, and in use at most; zeros without the pool."""
+    counts = (ctypes.c_int64 * 3)()
+    if (found := pool()) is not None:
+        found.allocator_count(counts)
+    return counts[0], counts[1], counts[2]
+
+
+def keep_heap() -> bool:
+    """Lets glibc keep what is freed instead of returning it to the kernel. False where the C library is another one."""
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
@@ -34,6 +66,8 @@ def give_back_freed_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+    if pool.cache_info().currsize and (found := pool()) is not None:
+        found.allocator_release()
     trim_heap()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .config import Config
 from .data.loader import Loader, StepBatch
@@ -95,24 +96,24 @@ def train_step(
     this rank began to work for the step, of time.perf_counter; `progress` is called before every micro-batch.
     """
     start = time.perf_counter()
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    loss_sum: Tensor | float = 0.0
     last = len(batch.micro_batches) - 1
-    busy_s = 0.0
+    busy = Busy(start if began is None else began, on_device=pace is not None and pace.device == "cuda")
     for i, (cell, micro) in enumerate(zip(batch.cells, batch.micro_batches, strict=True)):
         progress()
         seed_micro_batch(config.seed, step, cell)
         faultpoint("step.micro_batch")
         if i == 0 and pace is not None and not pace.has_own_forward:
-            busy_s = _since(start if began is None else began, pace)
+            busy.end()
         loss = task.loss(engine.module, micro, config) / batch.num_supervised
         if i == 0 and pace is not None and pace.has_own_forward:
-            busy_s = _since(start if began is None else began, pace)
+            busy.end()
         if is_poisoned():
             loss = loss * math.nan
         engine.backward(loss * one_or_nan(loss), is_last=i == last)
-        loss_sum += loss.detach().double().cpu()
+        loss_sum = loss_sum + loss.detach().double()
     result = engine.step(lr)
-    values = torch.tensor([float(loss_sum), float(is_stopping), *_own(pace, busy_s, batch)], dtype=torch.float64)
+    values = torch.tensor([float(loss_sum), float(is_stopping), *_own(pace, busy, batch)], dtype=torch.float64)
     total, stops, *paces = engine.all_reduce_sum(values).tolist()
     return StepReport(
         step=step,
@@ -133,20 +134,35 @@ def one_or_nan(loss: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(loss.detach()), 1.0, math.nan).to(loss.dtype)
 
 
-def _since(began: float, pace: Pace) -> float:
-    if pace.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+class Busy:
+    """Seconds from `began` (of time.perf_counter) to `end`. On a GPU by events, so that nobody waits for it."""
+
+    def __init__(self, began: float, *, on_device: bool) -> None:
+        self.began, self.time_s = began, 0.0
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_device else []
+        if self.events:
+            self.time_s = time.perf_counter() - began
+            self.events[0].record()
+
+    def end(self) -> None:
+        if self.events:
+            self.events[1].record()
+        else:
+            self.time_s = time.perf_counter() - self.began
+
+    def seconds(self) -> float:
+        """After the device has reached the end."""
+        return self.time_s + (self.events[0].elapsed_time(self.events[1]) / 1000 if self.events else 0.0)
 
 
-def _own(pace: Pace | None, busy_s: float, batch: StepBatch) -> list[float]:
+def _own(pace: Pace | None, busy: Busy, batch: StepBatch) -> list[float]:
     """This rank's seconds and elements, and zeros at the places of the others: the sum over ranks has all."""
     if pace is None:
         return []
     first = batch.micro_batches[0].values()
     elements = max((value.numel() for value in first if isinstance(value, torch.Tensor)), default=0)
     values = [0.0] * (2 * pace.world_size)
-    values[2 * pace.rank : 2 * pace.rank + 2] = busy_s, float(elements)
+    values[2 * pace.rank : 2 * pace.rank + 2] = busy.seconds(), float(elements)
     return values
 
 

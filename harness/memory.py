@@ -7,7 +7,7 @@ well, stage 3 the weights too.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from .config import Quantization
@@ -39,9 +39,10 @@ class Overhead:
     allocator_share: float
 
 
-OVERHEAD: dict[str, Overhead] = {"cpu": Overhead(80 * 2**20, 0.3), "cuda": Overhead(0, 0.03)}
-"""Device -> what holds where nothing was measured. On a CPU the C library's heap keeps holes between blocks of many
-sizes: the numbers are of glibc, torch 2.13 and the configurations of the benchmark `plan`."""
+OVERHEAD: dict[str, Overhead] = {"cpu": Overhead(64 * 2**20, 0.05), "cuda": Overhead(0, 0.03)}
+"""Device -> what holds where nothing was measured: of torch 2.13 and the configurations of the benchmark `plan`."""
+HEAP_SHARE = 0.3
+"""The allocator's share where CPU tensors come from glibc's heap, which keeps holes between blocks of many sizes."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
 
     On a CPU freed memory stays with the process, so that no later phase has less than the step.
     """
-    overhead = calibration or OVERHEAD[plan.device]
+    overhead = calibration or default_overhead(plan.device, profile)
     lasting = lasting_bytes(plan, profile)
     moments = moments_of_step(plan, profile)
     fullest = max(moments.values(), key=lambda moment: sum(moment.values()))
@@ -111,6 +112,11 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
         phases=phases,
         mapped_bytes=mapped_bytes(plan, profile),
     )
+
+
+def default_overhead(device: str, profile: Profile) -> Overhead:
+    overhead = OVERHEAD[device]
+    return replace(overhead, allocator_share=HEAP_SHARE) if device == "cpu" and profile.is_on_heap else overhead
 
 
 def mapped_bytes(plan: Plan, profile: Profile) -> int:

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from . import models
+from . import allocator, models
 from .activations import apply_activation_policy
 from .config import Config
 from .evaluate import eval_mode
@@ -62,9 +62,9 @@ def profile_of(config: Config, labels: list[str] | None = None, *, folder: Path 
     No weights are loaded. Raises ConfigError.
     """
     file = (folder or FOLDER).expanduser() / f"{identity(config, labels)}.json"
-    is_in_files = models.has_plain_files(config)
+    here: dict[str, Any] = {"is_in_files": models.has_plain_files(config), "is_on_heap": allocator.pool() is None}
     try:
-        return replace(Profile.from_dict(json.loads(file.read_text(encoding="utf-8"))), is_in_files=is_in_files)
+        return replace(Profile.from_dict(json.loads(file.read_text(encoding="utf-8"))), **here)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError):
         found = make_profile(config, labels)
     try:
@@ -72,7 +72,7 @@ def profile_of(config: Config, labels: list[str] | None = None, *, folder: Path 
         write_json(file, found.to_dict())
     except OSError:
         pass  # a read-only home folder costs only time
-    return replace(found, is_in_files=is_in_files)
+    return replace(found, **here)
 
 
 def identity(config: Config, labels: list[str] | None) -> str:

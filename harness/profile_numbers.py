@@ -119,6 +119,8 @@ class Profile(Shapes):
     """Forward alone, in evaluation."""
     is_in_files: bool = False
     """Whether a CPU maps the quantised weights from prepared files: told by where the model is, not by its shape."""
+    is_on_heap: bool = False
+    """Whether CPU tensors come from the C library's heap: where there is no compiler for the pool of `allocator`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

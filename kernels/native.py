@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpp"
+COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 BUILD_TIMEOUT_S = 300
@@ -62,33 +63,38 @@ def _function(name: str) -> Any:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The built library; None (with one log line) where it cannot be built."""
-    compiler = next((path for path in map(shutil.which, ("g++", "clang++", "c++")) if path), None)
+    return built("native", SOURCES, FLAGS, without="operations on the CPU run in plain torch")
+
+
+def built(name: str, folder: Path, flags: tuple[str, ...], *, without: str) -> ctypes.CDLL | None:
+    """The library of a folder's C++; None, and a log line that says what is so `without` it, where it cannot be."""
+    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None or platform.system() != "Linux":
-        logger.info("no C++ compiler: operations on the CPU run in plain torch")
+        logger.info("no C++ compiler: %s", without)
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
+        return ctypes.CDLL(str(_build(name, folder, (compiler, *flags))))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        logger.warning("building the CPU kernels failed, operations run in plain torch: %s", detail.strip()[-2000:])
+        logger.warning("building C++ failed, %s: %s", without, detail.strip()[-2000:])
         return None
 
 
-def _build(compiler: str) -> Path:
+def _build(name: str, folder: Path, command: tuple[str, ...]) -> Path:
     """The library of these sources, this compiler and this processor: from the cache, or built into it."""
-    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    digest = hashlib.sha256("\0".join([version, *FLAGS, _processor(), torch.__version__]).encode())
+    files = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    digest = hashlib.sha256("\0".join([version, *command[1:], _processor(), torch.__version__]).encode())
     for file in files:
         digest.update(file.name.encode() + file.read_bytes())
-    target = _cache_folder() / f"native-{digest.hexdigest()[:20]}.so"
+    target = _cache_folder() / f"{name}-{digest.hexdigest()[:20]}.so"
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = Path(folder) / target.name
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            output = Path(temporary) / target.name
             sources = [str(file) for file in files if file.suffix == ".cpp"]
-            command = [compiler, *FLAGS, *sources, "-o", str(built)]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)
-            os.replace(built, target)
+            whole = [command[0], *sources, *command[1:], "-o", str(output)]
+            subprocess.run(whole, capture_output=True, text=True, check=True, timeout=BUILD_TIMEOUT_S)
+            os.replace(output, target)
     return target
 
 

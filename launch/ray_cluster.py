@@ -117,14 +117,34 @@ def _start(resources: Resources, folder: Path) -> None:
         file.write(_token())
     # Whatever the user's environment says: nobody talks to this cluster without its token, which is not in the home.
     _apply(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
-    _init(
-        address="local",
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_devices,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _temp_dir=str(folder),
-    )
+    with _home_of_ray(folder / "home"):
+        _init(
+            address="local",
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_devices,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=str(folder),
+        )
+
+
+@contextlib.contextmanager
+def _home_of_ray(home: Path) -> Iterator[None]:
+    """Ray's processes get a home with an empty description of their cluster.
+
+    Without one the head asks the network which cloud it runs in, with statistics off too, and there is no switch for
+    it (get_cluster_config_to_report in ray/_common/usage/usage_lib.py of Ray 2.60). Workers get the user's home back.
+    """
+    home.mkdir(mode=0o700)
+    (home / "ray_bootstrap_config.yaml").write_text("{}\n", encoding="utf-8")
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = str(home)
+    try:
+        yield
+    finally:
+        del os.environ["HOME"]
+        if before is not None:
+            os.environ["HOME"] = before
 
 
 def _apply(settings: dict[str, str]) -> None:

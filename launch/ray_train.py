@@ -136,6 +136,8 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
     env_vars = {"OMP_NUM_THREADS": str(plan.num_threads), "RAY_USAGE_STATS_ENABLED": "0"}
     if plan.device == "cpu":
         env_vars["DS_ACCELERATOR"] = "cpu"
+    if launch.address is None:
+        env_vars["HOME"] = os.path.expanduser("~")
     if is_elastic(plan.config):
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_TIMEOUT_S)
     is_fixed = launch.min_workers == launch.max_workers

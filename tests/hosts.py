@@ -147,6 +147,7 @@ class Hosts:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
             "GLOO_SOCKET_IFNAME": "eth0",
         }
         return {key: value for key, value in (kept | own | changes).items() if value is not None}
