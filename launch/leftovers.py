@@ -22,7 +22,7 @@ QUIET_ROUNDS = 3
 """A process that is being started shows its mark a moment later."""
 OWNER = "owner.json"
 PREFIX = "burnish-"
-MAX_TEMP_CHARS = 40
+MAX_TEMP_CHARS = 24
 """Ray makes Unix sockets below its folder, and their paths end at 107 characters."""
 
 

@@ -124,7 +124,7 @@ def _start(resources: Resources, folder: Path) -> None:
             num_gpus=resources.num_devices,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "r"),  # Ray opens it to everybody, so its parent is closed; sockets want short paths
         )
 
 
@@ -137,14 +137,12 @@ def _home_of_ray(home: Path) -> Iterator[None]:
     """
     home.mkdir(mode=0o700)
     (home / "ray_bootstrap_config.yaml").write_text("{}\n", encoding="utf-8")
-    before = os.environ.get("HOME")
+    before = os.path.expanduser("~")
     os.environ["HOME"] = str(home)
     try:
         yield
     finally:
-        del os.environ["HOME"]
-        if before is not None:
-            os.environ["HOME"] = before
+        os.environ["HOME"] = before
 
 
 def _apply(settings: dict[str, str]) -> None:
