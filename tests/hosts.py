@@ -44,8 +44,8 @@ def is_possible():
 class Hosts:
     """Namespaces, and the Ray nodes in them, while it is entered. `folder` holds logs and what the hosts share."""
 
-    def __init__(self, folder, *, num_hosts=2, num_cpus=1):
-        self.folder, self.num_hosts, self.num_cpus = Path(folder), num_hosts, num_cpus
+    def __init__(self, folder, *, num_hosts=2, num_cpus=1, **environment):
+        self.folder, self.num_hosts, self.num_cpus, self.environment = Path(folder), num_hosts, num_cpus, environment
         self.prefix = f"burnish-{os.getpid()}-{secrets.token_hex(2)}"
         self.local = self.folder / "local"
         self.names = [*(f"host{number}" for number in range(num_hosts)), CLIENT]
@@ -150,7 +150,7 @@ class Hosts:
             "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
             "GLOO_SOCKET_IFNAME": "eth0",
         }
-        return {key: value for key, value in (kept | own | changes).items() if value is not None}
+        return {key: value for key, value in (kept | own | self.environment | changes).items() if value is not None}
 
     def _command(self, name, command):
         """In the namespace of the host, with its own temporary and local folders at the paths that all have."""
