@@ -7,6 +7,7 @@ the run; a worker that dies is replaced up to launch.max_failures times and star
 import contextlib
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def make_trainer(plan: Plan, launch: Ray, prepared: "Prepared") -> TorchTrainer:
         env_vars["DS_ACCELERATOR"] = "cpu"
     if launch.address is None:
         env_vars["HOME"] = os.path.expanduser("~")
+        if sys.platform.startswith("linux"):
+            env_vars["GLOO_SOCKET_IFNAME"] = "lo"  # all workers are here: nobody else has to reach them
     if is_elastic(plan.config):
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_TIMEOUT_S)
     is_fixed = launch.min_workers == launch.max_workers

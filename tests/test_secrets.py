@@ -179,6 +179,12 @@ def test_the_traced_lines_are_understood():
     assert len(outside(other)) == len(outside(six + ", &sin6_addr), sin6_scope_id=0}, 28) = -1")) == 1
 
 
+def nameservers():
+    """Of this machine. torch's TCPStore asks for the name of whom it is connected with, also of ::ffff:127.0.0.1."""
+    found = re.findall(r"^nameserver\s+(\S+)", Path("/etc/resolv.conf").read_text(), re.MULTILINE)
+    return [f'sin_addr=inet_addr("{address}")' for address in found]
+
+
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("strace") or not shutil.which("ip"), reason="needs root, strace and ip"
 )
@@ -197,7 +203,8 @@ def test_a_run_without_a_route_succeeds_and_connects_to_this_machine_only(tmp_pa
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
     text = (tmp_path / "trace").read_text(errors="replace")
     assert "connect(" in text
-    assert outside(text) == []
+    names = nameservers() if launch is RAY else []
+    assert [address for address in outside(text) if address not in names] == []
 
 
 # The embedded cluster
