@@ -134,8 +134,8 @@ def test_a_link_that_is_cut_for_five_seconds_costs_five_seconds(tmp_path, undist
 
 def test_an_elastic_run_shrinks_with_the_cluster_and_grows_with_it(tmp_path):
     num_steps = 4000
-    with RankPool(2, tmp_path) as pool:
-        job = make_job(tmp_path, world=2, name="fixed", **changes(num_steps))
+    with RankPool(1, tmp_path) as pool:
+        job = make_job(tmp_path, world=1, name="fixed", **changes(num_steps))
         assert pool.run(job) is None
     fixed = RunDir(job.plan["run_dir"])
     with Hosts(tmp_path / "hosts", num_hosts=2, num_cpus=1, **HEALTH) as hosts:
