@@ -40,14 +40,6 @@ def pool() -> ctypes.CDLL | None:
     return built("allocator", SOURCES, flags, without="freed tensors leave holes in the heap")
 
 
-def pool_bytes() -> tuple[int, int, int]:
-    """Bytes of large CPU tensors in use, kept for the next ones, and in use at most; zeros without the pool."""
-    counts = (ctypes.c_int64 * 3)()
-    if (found := pool()) is not None:
-        found.allocator_count(counts)
-    return counts[0], counts[1], counts[2]
-
-
 def keep_heap() -> bool:
     """Lets glibc keep what is freed instead of returning it to the kernel. False where the C library is another one."""
     if not sys.platform.startswith("linux"):

@@ -12,14 +12,19 @@ from burnish.harness import allocator
 
 MIB = 2**20
 START = """
-import gc, random, resource, sys
+import ctypes, gc, random, resource, sys
 import torch
-from burnish.harness.allocator import give_back_freed_memory, keep_freed_memory, keep_heap, pool_bytes
+from burnish.harness.allocator import give_back_freed_memory, keep_freed_memory, keep_heap, pool
 from burnish.harness.resident import bytes_now, peak_bytes, reset_peak
 MIB = 2**20
 
 def block(mib):
     return torch.empty(int(mib * MIB), dtype=torch.uint8)
+
+def pool_bytes():
+    counts = (ctypes.c_int64 * 3)()
+    pool().allocator_count(counts)
+    return tuple(counts)
 
 keep_freed_memory()
 """

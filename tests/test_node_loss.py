@@ -6,22 +6,17 @@ The losses and weights are those of a run that nobody disturbs, bit for bit wher
 import json
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import tiny
 from burnish.harness.run_dir import RunDir
+from burnish.launch.manifest import HEALTH
 from hosts import ADDRESS, BIN, PORT, Hosts, is_possible
 from ranks import RankPool, make_job
+from soak import command_of
 from test_ray_faults import losses, weights_hash
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not is_possible(), reason="needs root and network namespaces")]
-HEALTH = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
-"""What docs/clusters.md tells to start a head with."""
 EVERY_STEPS = 20
 HEAD = "host0"
 
@@ -80,13 +75,6 @@ class Started:
     def ends(self):
         assert self.process.wait(timeout=300) == 0, self.log.read_text()[-3000:]
         assert json.loads(self.run.summary_json.read_text())["status"] == "finished"
-
-
-def command_of(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 @pytest.mark.parametrize("way", ["node", "link"])
@@ -149,10 +137,6 @@ def test_an_elastic_run_shrinks_with_the_cluster_and_grows_with_it(tmp_path):
         started.wait_for(lambda: len(started.restarts()) == 2, "more workers", timeout_s=120)
         print(f"grew {started.restarts()[1]['time'] - back:.1f} s after the node had come")
         started.ends()
-        sizes = [
-            event["world_size"] for event in started.run.read_jsonl(started.run.events_jsonl) if "world_size" in event
-        ]
-        print(sizes, [event["cause"] for event in started.restarts()])
         assert "from 1 to 2 workers" in started.restarts()[1]["cause"]
         assert losses(started.run) == pytest.approx(losses(fixed), rel=1e-6)
 
