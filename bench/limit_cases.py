@@ -135,6 +135,7 @@ def config(case: Case, *, model: Path, folder: Path, num_threads: int) -> Config
             "num_threads": num_threads,
         },
         "memory": memory,
+        "checkpoint": {"every_steps": None},
         "generation": {"prompts": []},
         "tracking": {"tensorboard": False},
     }

@@ -11,9 +11,11 @@ from pathlib import Path
 from ..harness.errors import ConfigError
 from ..harness.markup import duration
 from . import record
-from .benchmark import Benchmark, Choice, Item, Result, Setting, completed, not_measured
+from .benchmark import NOT_MEASURED, Benchmark, Choice, Item, Result, Row, Setting, completed, not_measured
 
 OUT_OF_TIME = "the time given to the run was over"
+SAME = ("benchmark", "hardware", "options_hash")
+"""Fields of a result that must be alike where one run goes on with another's rows."""
 
 
 def chosen(items: Sequence[Item], only: Sequence[str], *, name: str) -> list[Item]:
@@ -32,15 +34,26 @@ def matches(key: str, pattern: str) -> bool:
 
 
 def run(
-    benchmark: Benchmark, setting: Setting, choice: Choice, *, path: Path | None = None, limit_s: float = float("inf")
+    benchmark: Benchmark,
+    setting: Setting,
+    choice: Choice,
+    *,
+    path: Path | None = None,
+    limit_s: float = float("inf"),
+    is_resumed: bool = False,
 ) -> Result:
     """Measures every chosen item; no new one begins if it would end after `limit_s`. Ctrl-C keeps what there is.
 
-    After every row the file at `path` is whole. Raises ConfigError; KeyboardInterrupt where nothing was measured yet.
+    After every row the file at `path` is whole. `is_resumed` takes over the items that an interrupted run has measured
+    there in the same way. Raises ConfigError; KeyboardInterrupt where nothing was measured yet.
     """
     items = chosen(benchmark.items(setting.device, choice), choice.only, name=benchmark.name)
     start = time.perf_counter()
     result = record.opened(benchmark.name, setting, choice, benchmark.prepare(setting))
+    if is_resumed and path is not None and path.exists():
+        result["rows"] = rows_before(record.load(path), result, items, path=path)
+        have = {row["key"] for row in result["rows"]}
+        items = [item for item in items if not have.issuperset(item.rows)]
     progress = Progress(items)
     try:
         for item in items:
@@ -61,6 +74,18 @@ def run(
     result = completed(result, items, reason="the run was interrupted")
     keep(path, result)
     return result
+
+
+def rows_before(before: Result, now: Result, items: Sequence[Item], *, path: Path) -> list[Row]:
+    """The rows of those items that were measured whole. Raises ConfigError where something else was measured."""
+    for name in SAME:
+        if before[name] != now[name]:
+            raise ConfigError(f"--resume: {path} was measured with another {name.replace('_hash', '')}")
+    for name in ("libraries", "git_commit"):
+        if (was := before["environment"].get(name)) != (is_now := now["environment"].get(name)):
+            raise ConfigError(f"--resume: {path} was measured with the {name} {was}, now there is {is_now}")
+    rows = {row["key"]: row for row in before["rows"] if row["state"] != NOT_MEASURED}
+    return [rows[key] for item in items if rows.keys() >= set(item.rows) for key in item.rows]
 
 
 def keep(path: Path | None, result: Result) -> None:

@@ -58,13 +58,17 @@ def verify(
     setting: Setting,
     *,
     is_remeasured: bool = True,
+    names: Sequence[str] | None = None,
     limit_s: float = float("inf"),
     results: Path = record.RESULTS,
     docs: Path = document.DOCUMENT,
     readme: Path = document.README,
     scaling: Path = scaling_document.DOCUMENT,
 ) -> Verification:
-    """All checks; the third only where `is_remeasured`. `setting` is of this machine; the rest is the results' own."""
+    """All checks; the third only where `is_remeasured`, of the benchmarks with these names where there are any.
+
+    `setting` is of this machine; the rest is the results' own.
+    """
     problems: list[str] = []
     found: list[Result] = []
     for path in sorted(results.glob("*/*.json")):
@@ -81,7 +85,7 @@ def verify(
     problems += [one for one in stale if one not in problems]
     if not is_remeasured:
         return Verification(problems, num_figures, 0, {"only the documents were asked for": num_figures})
-    changes, unchecked = measured_again(setting, found, limit_s=limit_s)
+    changes, unchecked = measured_again(setting, found, names=names, limit_s=limit_s)
     drifted = [*changes.worse, *changes.better]
     problems += [drift_problem(change) for change in drifted]
     num_checked = len(changes.same) + sum(change.kind is not None for change in drifted)
@@ -250,7 +254,9 @@ DERIVED = {"kernels": kernel_numbers, "step": step_numbers, "memory": memory_num
 """Benchmark -> numbers of a row that follow from its samples in other ways than as quartiles."""
 
 
-def measured_again(setting: Setting, results: Sequence[Result], *, limit_s: float) -> tuple[Comparison, dict[str, int]]:
+def measured_again(
+    setting: Setting, results: Sequence[Result], *, names: Sequence[str] | None = None, limit_s: float
+) -> tuple[Comparison, dict[str, int]]:
     """Measures what was measured on this hardware with the same options; says how many figures were not, and why."""
     start_s, here = time.monotonic(), record.hardware_here(setting.device)
     unchecked: Counter[str] = Counter()
@@ -259,6 +265,8 @@ def measured_again(setting: Setting, results: Sequence[Result], *, limit_s: floa
     for result in results:
         if (result["device"], result["hardware"]) != (setting.device, here):
             unchecked[f"measured on {result['hardware']}"] += num_figures_of(result)
+        elif names is not None and result["benchmark"] not in names:
+            unchecked["not asked for"] += num_figures_of(result)
         elif news and news[-1]["is_interrupted"]:
             unchecked["interrupted"] += num_figures_of(result)
         else:

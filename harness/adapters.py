@@ -324,8 +324,3 @@ def load_adapter(base: nn.Module, folder: str, config: Config) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """The adapter folded into the base; a quantised base must have been dequantised before the adapter was loaded."""
     return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-
-
-def is_adapter(config: Config) -> bool:
-    """Whether the run's result is a PEFT folder (and not a whole model)."""
-    return config.adapter.method in ("lora", "dora", "qlora")

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .engine import State, World
-from .errors import ConfigError, SupersededError, TrainingError
+from .errors import ConfigError, SaveError, SupersededError, TrainingError
 from .faults import faultpoint
 
 SHARD_BYTES = 2 * 2**30
@@ -56,8 +56,8 @@ def save(
 
     `attempt` is the same on every rank and tells this attempt's temporary folder from a zombie's.
 
-    Raises TrainingError, on every rank, if a value is not finite or a file cannot be written; earlier checkpoints
-    stay as they are and nothing is left of this one. Raises SupersededError where `may_commit` says no.
+    Raises on every rank: TrainingError if a value is not finite, SaveError if a file cannot be written. Earlier
+    checkpoints stay as they are and nothing is left of this one. Raises SupersededError where `may_commit` says no.
     """
     folder = Path(run_dir) / "checkpoints"
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.{attempt}.tmp"
@@ -280,11 +280,11 @@ def _explain(problem: Exception | None, folder: Path, state: State | None, missi
     if isinstance(problem, TrainingError):
         return problem
     if problem is None:
-        return TrainingError(f"the checkpoint in {folder} could not be written; failed ranks: {missing or [0]}")
+        return SaveError(f"the checkpoint in {folder} could not be written; failed ranks: {missing or [0]}")
     needed = f"{_bytes(state) + SPARE_BYTES} bytes are needed, " if state is not None else ""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
-    return TrainingError(
+    return SaveError(
         f"cannot write a checkpoint to {folder}: {problem} ({needed}{free} bytes are free there); "
         "earlier checkpoints are untouched"
     )

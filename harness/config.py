@@ -299,6 +299,9 @@ class Checkpoint(Section):
     """Steps between checkpoints; auto = by what saving takes and how often so many machines fail, half an hour at most;
     empty = only at the end and on interruption."""
     keep: Positive = 2
+    on_error: Literal["stop", "skip"] = "stop"
+    """Where a checkpoint cannot be written (a full disk): end the run, or go on and try again when the next one is due.
+    The last one of a run always counts."""
 
 
 class Eval(Section):
@@ -342,6 +345,11 @@ class Config(Section):
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
     generation: Generation = Generation()
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether the run's result is a PEFT folder (and not a whole model)."""
+        return self.adapter.method in ("lora", "dora", "qlora")
 
     @field_validator("quantization", "optimizer", "launch", mode="before")
     @classmethod

@@ -31,6 +31,10 @@ class TrainingError(BurnishError):
     exit_code = 5
 
 
+class SaveError(TrainingError):
+    """A checkpoint could not be written, a full disk for instance; earlier ones are untouched."""
+
+
 class OutOfMemory(TrainingError):  # noqa: N818
     """A worker found no memory; a smaller micro-batch may: exit 3 where nothing is left to give.
 

@@ -68,10 +68,10 @@ def save_final(
     `may_commit` says no once all is written.
     """
     run, config = RunDir(plan.run_dir), plan.config
-    target = run.adapter if adapters.is_adapter(config) else run.model
+    target = run.adapter if config.makes_adapter else run.model
     _check_finite(state)
     with _written_whole(target) as folder:
-        if adapters.is_adapter(config):
+        if config.makes_adapter:
             save_file(adapters.adapter_tensors(model, state), folder / adapters.ADAPTER_WEIGHTS, {"format": "pt"})
             adapters.save_adapter_config(model, str(folder))
         else:
@@ -130,7 +130,7 @@ def load_result(config: Config, folder: Path, *, labels: list[str] | None, devic
     """
     check_entries(folder)
     record = read_record(folder)
-    if not adapters.is_adapter(config):
+    if not config.makes_adapter:
         model = models.load_model(config, labels=labels, device=device, path=str(folder))
         return models.with_kernels(model, config)
     if not (folder / adapters.ADAPTER_WEIGHTS).is_file():
@@ -223,7 +223,7 @@ def _check_out(out: Path) -> None:
 
 
 def _export_adapter(config: Config, source: Path, folder: Path, labels: list[str] | None) -> dict[str, Any]:
-    if not adapters.is_adapter(config):
+    if not config.makes_adapter:
         raise ConfigError(
             f"--format adapter: the run trained whole weights (adapter.method {config.adapter.method}), so there is no "
             "adapter; use --format merged"
@@ -244,7 +244,7 @@ def _export_merged(config: Config, source: Path, folder: Path, labels: list[str]
         del model
         dense = dequantized(models.load_model(config, labels=labels), adapters.torch_dtype(config))
         model = adapters.load_adapter(dense, str(source), config)
-    if adapters.is_adapter(config):
+    if config.makes_adapter:
         model = adapters.merge(model)
     merged = _logits(model, probe)
     model.save_pretrained(folder)  # type: ignore[operator]

@@ -6,9 +6,10 @@ A test arms a point in its own process, or those of other processes by the envir
 
 `step` counts from 1: the point "step" is reached before that step, the points "save.*" in a save after it; without it
 every step is meant. `once` is a file that the fault makes, and where it is there already nothing happens. "sleep" takes
-`seconds`; "nan" makes the losses of this rank's next step NaN.
+`seconds`; "nan" makes the losses of this rank's next step NaN, "full" is what a full disk says.
 """
 
+import errno
 import json
 import os
 import signal
@@ -95,6 +96,8 @@ def _act(fault: dict[str, Any]) -> None:
         _poisoned.add(_position["step"])
     elif action == "raise":
         raise RuntimeError(f"injected at {fault['point']}")
+    elif action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif action == "exit":
         os._exit(EXIT_CODE)
     else:

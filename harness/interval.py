@@ -33,6 +33,8 @@ GPU_MTBF_S = 7.9 * 1024 * 3600
 components are taken to be independent, so that n of them fail n times as often as one."""
 NODE_MTBF_S = GPU_MTBF_S / 8
 """Of a node: theirs have 8 GPUs."""
+FAILURES = ("restart", "worker_failure")
+"""Events that tell one: of the run as a whole, and of its workers."""
 MIN_FAILURES = 2
 """Failures of the run itself from which on its own rate counts, where it is the higher one."""
 NUM_SAVES = 5
@@ -79,16 +81,18 @@ def published_mtbf_s(device: str, num_workers: int) -> float:
     return (GPU_MTBF_S if device == "cuda" else NODE_MTBF_S) / num_workers
 
 
-def mean_time_between_failures_s(events: Sequence[Mapping[str, Any]], *, published_s: float, now: float) -> float:
-    """The published time, or that of the run so far, by its events, where this is shorter.
+def mean_time_between_failures_s(
+    failures: Sequence[Mapping[str, Any]], *, published_s: float, running_s: float
+) -> float:
+    """The published time, or that of the run so far, by its events of FAILURES, where this is shorter.
 
     So a run that failed twice while it started saves often at first, and less often the longer it goes on.
     """
-    names = [event.get("event") for event in events]
-    num_failures = max(names.count("restart"), names.count("worker_failure"))
+    names = [event["event"] for event in failures]
+    num_failures = max(names.count(name) for name in FAILURES)
     if num_failures < MIN_FAILURES:
         return published_s
-    return min(published_s, max(1.0, (now - events[0]["time"]) / num_failures))
+    return min(published_s, max(1.0, running_s / num_failures))
 
 
 class Interval(Protocol):
@@ -97,8 +101,8 @@ class Interval(Protocol):
     def is_due(self, done: int) -> bool:
         """Whether to save after `done` steps. Collective: the same on all ranks."""
 
-    def saved(self, done: int, time_s: float) -> None:
-        """A save after `done` steps took so long."""
+    def saved(self, done: int, time_s: float | None) -> None:
+        """A save after `done` steps took so long; None where it failed, and the next one is to be tried."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Fixed:
     def is_due(self, done: int) -> bool:
         return self.every_steps is not None and done % self.every_steps == 0
 
-    def saved(self, done: int, time_s: float) -> None:
+    def saved(self, done: int, time_s: float | None) -> None:
         """The next save is at the next multiple."""
 
 
@@ -134,7 +138,9 @@ class Auto:
     ) -> None:
         """`share` gives every rank rank 0's number; `events` are those of the run so far, on rank 0."""
         self.is_first, self.share, self.tell, self.clock = is_first, share, tell, clock
-        self.published_s, self.events, self.epoch_s = published_s, events, time.time() - clock()
+        self.published_s, self.epoch_s = published_s, time.time() - clock()
+        self.failures = [event for event in events if event.get("event") in FAILURES]
+        self.begun = events[0]["time"] if events else 0.0
         saves_s = [float(event["time_s"]) for event in events if event.get("event") == "checkpoint"]
         self.save_times_s = deque(saves_s, maxlen=NUM_SAVES)
         self.told = 0
@@ -150,8 +156,9 @@ class Auto:
         self.look_at = done + max(1, min(left // 2, done - self.saved_step))
         return left == 0
 
-    def saved(self, done: int, time_s: float) -> None:
-        self.save_times_s.append(time_s)
+    def saved(self, done: int, time_s: float | None) -> None:
+        if time_s is not None:
+            self.save_times_s.append(time_s)
         self._begin(done)
 
     def _steps_left(self, done: int) -> int:
@@ -159,7 +166,7 @@ class Auto:
         num_steps, elapsed_s = done - self.saved_step, self.clock() - self.since_s
         save_s = statistics.median(self.save_times_s) if self.save_times_s else ASSUMED_SAVE_S
         now = self.epoch_s + self.clock()
-        mtbf_s = mean_time_between_failures_s(self.events, published_s=self.published_s, now=now)
+        mtbf_s = mean_time_between_failures_s(self.failures, published_s=self.published_s, running_s=now - self.begun)
         found = decide(step_s=max(elapsed_s / num_steps, 1e-6), save_s=save_s, mtbf_s=mtbf_s)
         left = max(0, math.ceil((found.interval_s - elapsed_s) / found.step_s))
         if (num_steps >= MIN_STEPS or left == 0) and abs(found.every_steps - self.told) > CHANGE * self.told:

@@ -28,7 +28,7 @@ from .pretrained import load_config_of_model
 from .profile_numbers import Activations, HeadLine, Line, Profile, Shapes
 from .run_dir import write_json
 from .shapes import shapes_of
-from .small_model import backward_twice, grow_vocabulary, layers_of, marked, small_model
+from .small_model import backward_twice, frozen_layers, grow_vocabulary, layers_of, marked, small_model
 from .synthetic import synthetic_batch
 from .tasks import get_task
 from .tasks.common import unwrap
@@ -99,16 +99,11 @@ def make_profile(config: Config, labels: list[str] | None = None) -> Profile:
     model = small_model(config, labels, vocab_size=vocabularies[0])
     sizes = sizes_of(config, shapes)
     base = unwrap(model)
-    policies = {}
-    for policy in ("full", "selective", "none"):
-        if policy == "selective" and base.fused.get("linears"):
-            continue
-        if policy != "none" and not has_checkpointing(base):
-            continue
-        apply_activation_policy(model, policy)
-        policies[policy] = [pieces_of(model, config, size, vocabularies[0], is_training=True) for size in sizes]
-        if policy != "none":
-            base.gradient_checkpointing_disable()
+    policies = pieces_by_policy(model, config, sizes, vocabularies[0])
+    frozen: dict[str, list[Pieces]] = {}
+    if shapes.trained_share < shapes.saving_share and not is_whole(model):
+        with frozen_layers(base):
+            frozen = pieces_by_policy(model, config, sizes, vocabularies[0])
     evaluated = [pieces_of(model, config, size, vocabularies[0], is_training=False) for size in sizes]
     grown: dict[str, list[Pieces]] = {}
     if vocabularies[1] > vocabularies[0] and not shapes.is_per_example and grow_vocabulary(model, vocabularies[1]):
@@ -118,11 +113,12 @@ def make_profile(config: Config, labels: list[str] | None = None) -> Profile:
             ]
     fit = partial(fitted, sizes=sizes, shapes=shapes, packing=config.data.packing)
     found = {name: fit(pieces, grown=grown.get("training")) for name, pieces in policies.items()}
-    found |= {name: found["none"] for name in ("selective", "full") if name not in found}
     if is_whole(model):
         shapes = replace(shapes, num_layers=1, layer=shapes.counts)
-    elif shapes.saving_share < 1:
-        found = {name: _fewer(one, shapes.saving_share) for name, one in found.items()}
+    else:
+        saved_frozen = {name: fit(pieces, grown=None).layer_saved for name, pieces in frozen.items()}
+        found = {name: _averaged(one, saved_frozen.get(name, Line()), shapes) for name, one in found.items()}
+    found |= {name: found["none"] for name in ("selective", "full") if name not in found}
     return Profile(
         **{field.name: getattr(shapes, field.name) for field in fields(shapes)},
         chunk_tokens=chunk_tokens(base, shapes, config),
@@ -131,10 +127,29 @@ def make_profile(config: Config, labels: list[str] | None = None) -> Profile:
     )
 
 
-def _fewer(found: Activations, share: float) -> Activations:
-    """The same where only this share of the layers saves anything."""
-    line = found.layer_saved
-    return replace(found, layer_saved=Line(line.fixed * share, line.per_token * share, line.per_pair * share))
+def pieces_by_policy(
+    model: nn.Module, config: Config, sizes: Sequence[tuple[int, int]], vocab_size: int
+) -> dict[str, list[Pieces]]:
+    """Runs of all sizes under every activation policy that makes a difference to this model."""
+    base, found = unwrap(model), {}
+    for policy in ("full", "selective", "none"):
+        if policy == "selective" and base.fused.get("linears"):
+            continue
+        if policy != "none" and not has_checkpointing(base):
+            continue
+        apply_activation_policy(model, policy)
+        found[policy] = [pieces_of(model, config, size, vocab_size, is_training=True) for size in sizes]
+        if policy != "none":
+            base.gradient_checkpointing_disable()
+    return found
+
+
+def _averaged(found: Activations, frozen: Line, shapes: Shapes) -> Activations:
+    """The same with what a layer saves on average, where some are frozen and some save nothing."""
+    trained, share = found.layer_saved, shapes.trained_share
+    frozen_share = max(0.0, shapes.saving_share - share)
+    values = [getattr(trained, name.name) * share + getattr(frozen, name.name) * frozen_share for name in fields(Line)]
+    return replace(found, layer_saved=Line(*values))
 
 
 def has_checkpointing(base: Any) -> bool:

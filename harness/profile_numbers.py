@@ -104,7 +104,9 @@ class Shapes:
     is_per_example: bool
     """Whether a token stands for a whole example (images)."""
     saving_share: float = 1.0
-    """Of the layers, that save anything: those below the first trained one do not."""
+    """Of the layers, that save anything: those below the first trained one do not, unless the embedding is trained."""
+    trained_share: float = 1.0
+    """Of the layers, that have trained weights. A frozen one between trained ones saves less."""
 
 
 @dataclass(frozen=True, kw_only=True)

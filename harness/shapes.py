@@ -36,16 +36,19 @@ def shapes_of(config: Config, labels: list[str] | None) -> Shapes:
         hidden_size=int(getattr(base.config, "hidden_size", 0) or 0),
         vocab_size=int(getattr(base.config, "vocab_size", 0) or 0),
         is_per_example=config.task.type == "image_classification",
-        saving_share=_saving_share(layers, embedding),
+        **_shares(layers, embedding),
     )
 
 
-def _saving_share(layers: nn.ModuleList | None, embedding: nn.Module | None) -> float:
-    """1 where the embedding is trained, or there is no list of layers."""
-    is_trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers or ()]
-    if not is_trained or (embedding is not None and any(p.requires_grad for p in embedding.parameters())):
-        return 1.0
-    return (len(is_trained) - is_trained.index(True)) / len(is_trained) if any(is_trained) else 0.0
+def _shares(layers: nn.ModuleList | None, embedding: nn.Module | None) -> dict[str, float]:
+    """Nothing where there is no list of layers."""
+    if not layers:
+        return {}
+    is_trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    num_saving = len(layers) - is_trained.index(True) if any(is_trained) else 0
+    if embedding is not None and any(p.requires_grad for p in embedding.parameters()):
+        num_saving = len(layers)
+    return {"saving_share": num_saving / len(layers), "trained_share": sum(is_trained) / len(layers)}
 
 
 def _embedding(base: Any) -> nn.Module | None:

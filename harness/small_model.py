@@ -64,6 +64,19 @@ def layers_of(model: nn.Module) -> nn.ModuleList | None:
     return max(lists, key=lambda found: sum(p.numel() for p in found.parameters())) if lists else None
 
 
+@contextmanager
+def frozen_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, no weight of a layer is trained."""
+    trained = [p for p in (layers_of(model) or nn.ModuleList()).parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def grow_vocabulary(model: nn.Module, vocab_size: int) -> bool:
     """Gives embedding and head rows for a larger vocabulary; False where they are of kinds that it does not know."""
     base = unwrap(model)

@@ -4,15 +4,12 @@ Resuming needs no flag: the newest complete checkpoint in the run directory is t
 from (an interrupted run, or a worker that died a moment ago).
 """
 
-import contextlib
 import functools
 import os
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,90 +24,21 @@ from .data.store import Store
 from .detectors import Notices
 from .elastic import plan_for
 from .engine import Engine, World, make_engine, shared_number
-from .errors import Interrupted, SupersededError
+from .errors import Interrupted, SaveError, SupersededError, TrainingError
 from .evaluate import evaluate
 from .faults import arm_from_environment
 from .generate import generate
-from .identity import identity
+from .job import Job, Report
 from .loop import StepReport, pace_of, train
 from .metrics import MetricsWriter, memory_bytes
 from .plan import Plan
 from .run_dir import RunDir, environment
-from .tasks import Task, get_task
+from .tasks import get_task
 from .tasks.common import unwrap
 from .watchdog import Position, watched
 
-Report = Callable[[dict[str, Any]], None]
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The second is the first one's older name. Segments that grow leave no holes too small for the next tensor."""
-
-
-@dataclass
-class Job:
-    """Everything one rank holds while it trains."""
-
-    plan: Plan
-    prepared: Prepared
-    world: World
-    run_dir: RunDir
-    task: Task
-    processor: Any
-    engine: Engine
-    loader: Loader
-    sampler: Sampler
-    metrics: MetricsWriter
-    report: Report
-    position: Position
-    attempt: int
-    """What rank 0 of this group of workers took from the fence (see lock.py)."""
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    num_skipped: int = 0
-    peak_memory_bytes: int = 0
-
-    @property
-    def is_first(self) -> bool:
-        return self.world.rank == 0
-
-    @contextlib.contextmanager
-    def during(self, phase: backoff.Phase) -> Iterator[None]:
-        """Says what is being done; an error leaves it as it is."""
-        before = self.position.phase
-        self.position.at(phase)
-        yield
-        self.position.at(before)
-
-    def may_write(self) -> bool:
-        """Whether no later attempt has taken over the run directory."""
-        return lock.is_current(self.plan.run_dir, self.attempt)
-
-    def _check_fence(self) -> None:
-        if not self.may_write():
-            raise SupersededError
-
-    @functools.cached_property
-    def identity(self) -> dict[str, Any]:
-        """What must not differ between the run that saved a checkpoint and the run that resumes it."""
-        return identity(
-            self.plan,
-            train_store=self.prepared.train,
-            base_fingerprint=unwrap(self.engine.model).base_fingerprint,
-            processor=self.processor,
-        )
-
-    def emit(self, event: dict[str, Any]) -> None:
-        """Writes an event to events.jsonl and hands it to the launcher; rank 0 only."""
-        if self.is_first:
-            self._check_fence()
-            event = {"time": time.time()} | event
-            self.run_dir.append_jsonl(self.run_dir.events_jsonl, event)
-            self.report(event)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Writes a metrics record and hands it to the launcher; rank 0 only."""
-        if self.is_first:
-            self._check_fence()
-            self.metrics.log(record)
-            self.report(record)
 
 
 def run(plan: Plan, prepared: Prepared, *, world: World, report: Report, driver: int = 0) -> dict[str, Any]:
@@ -282,8 +210,9 @@ def _train(job: Job, first_step: int) -> int:
         if config.eval.every_steps and done % config.eval.every_steps == 0 and done < total:
             _evaluate(job, "validation", step=done)
         is_due = saves.is_due(done)
-        if is_due or step.is_stop_requested or done == total:
-            saves.saved(done, _save(job, done))
+        is_last = step.is_stop_requested or done == total
+        if is_due or is_last:
+            saves.saved(done, _save(job, done, is_last=is_last))
             saved_step = done
 
     done = train(
@@ -303,22 +232,36 @@ def _train(job: Job, first_step: int) -> int:
     return done
 
 
-def _save(job: Job, step: int) -> float:
-    """Returns the seconds that it took."""
+def _save(job: Job, step: int, *, is_last: bool) -> float | None:
+    """The seconds that it took; None where it failed and `checkpoint.on_error` passes over it. Collective."""
     start = time.perf_counter()
+    failure: TrainingError | None = None
+    path: Path | None = None
     with job.during("save"):
-        path = checkpoint.save(
-            job.plan.run_dir,
-            step,
-            state=job.engine.state(),
-            trainer={"step": step, "samples": job.samples, "skipped": job.num_skipped} | job.identity,
-            world=job.world,
-            barrier=job.engine.barrier,
-            keep=job.plan.config.checkpoint.keep,
-            attempt=job.attempt,
-            may_commit=job.may_write,
-        )
+        try:
+            path = checkpoint.save(
+                job.plan.run_dir,
+                step,
+                state=job.engine.state(),
+                trainer={"step": step, "samples": job.samples, "skipped": job.num_skipped} | job.identity,
+                world=job.world,
+                barrier=job.engine.barrier,
+                keep=job.plan.config.checkpoint.keep,
+                attempt=job.attempt,
+                may_commit=job.may_write,
+            )
+        except SupersededError:
+            raise
+        except TrainingError as error:
+            failure = error
     time_s = time.perf_counter() - start
+    may_skip = job.plan.config.checkpoint.on_error == "skip" and not is_last
+    # Ranks see different sides of one failure; the first one's counts.
+    if may_skip and shared_number(job.engine, job.world, float(isinstance(failure, SaveError))):
+        job.emit({"event": "skipped_checkpoint", "step": step, "reason": str(failure)})
+        return None
+    if failure is not None:
+        raise failure
     job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time_s})
     return time_s
 

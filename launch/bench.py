@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, say: Say) -> Answer:
     for benchmark in benchmarks:
         limit_s = options.seconds - (time.monotonic() - start) if options.seconds else float("inf")
         path = folder / f"{benchmark.name}.json"
-        result = runner.run(benchmark, setting, choice, path=path, limit_s=limit_s)
+        result = runner.run(benchmark, setting, choice, path=path, limit_s=limit_s, is_resumed=options.resume)
         results.append(result)
         say("\n" + "\n\n".join(as_text(table) for table in benchmark.tables(result)) + "\n")
         if result["is_interrupted"]:
@@ -197,13 +197,15 @@ def share(text: str) -> float:
 
 
 def verify(options: argparse.Namespace, say: Say) -> Answer:
-    """`verify`: documents against results, results against themselves, and measured again."""
-    no_names(options)
+    """`verify [NAME…]`: documents against results, results against themselves, and (those named) measured again."""
     from ..bench.verify import tables
     from ..bench.verify import verify as check
 
+    names = [suite.benchmark(name).name for name in options.names]
+    if names and options.docs_only:
+        raise ConfigError(f"burnish bench verify --docs-only measures nothing again, {', '.join(names)} neither")
     limit_s = float(options.seconds) if options.seconds else float("inf")
-    found = check(setting_of(options, say), is_remeasured=not options.docs_only, limit_s=limit_s)
+    found = check(setting_of(options, say), is_remeasured=not options.docs_only, names=names or None, limit_s=limit_s)
     text = "\n\n".join(as_text(table) for table in tables(found))
     return Answer(found.to_dict(), text, EXIT_WORSE if found.problems else 0)
 
@@ -275,8 +277,9 @@ class Action:
 
 
 STEP_OPTIONS = ("modes", "baseline", "model", "batch")
+RUN_OPTIONS = ("rounds", "threads", "seconds", "out", "resume", "record")
 ACTIONS = {
-    "run": Action(measure, ("quick", "only", "list", *STEP_OPTIONS, "rounds", "threads", "seconds", "out", "record")),
+    "run": Action(measure, ("quick", "only", "list", *STEP_OPTIONS, *RUN_OPTIONS)),
     "compare": Action(compare, ("tolerance", "times")),
     "verify": Action(verify, ("docs_only", "rounds", "threads", "seconds")),
     "report": Action(report, ("out",)),

@@ -118,7 +118,8 @@ def _config_verb(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     actions = ("run", "compare", "verify", "report", "docs", "profile")
     parser.add_argument("action", choices=actions, help="measure; judge two results; check the documents; write them")
-    names = "run: kernels, step, memory, scale (default all); compare: OLD NEW; report: folders; profile: a mode"
+    names = "run: kernels, step, memory, scale (default all), limit, plan; verify: the same; compare: OLD NEW; "
+    names += "report: folders; profile: a mode"
     parser.add_argument("names", nargs="*", metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help="run: small cases, few rounds")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="run: only what matches; several times")
@@ -131,6 +132,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")
     parser.add_argument("--seconds", type=int, metavar="N", help="begin nothing that would end later")
     parser.add_argument("--out", metavar="PATH", help="run: folder, default runs/bench; report: file")
+    parser.add_argument("--resume", action="store_true", help="run: go on with an interrupted run in --out")
     parser.add_argument("--record", action="store_true", help="run: keep the results in bench/results, write the docs")
     parser.add_argument("--tolerance", metavar="SHARE", help="compare: how much worse is still the same; default: 10%%")
     parser.add_argument("--times", action="store_true", help="compare: absolute times as well, on the same machine")

@@ -24,6 +24,7 @@ from ..harness.lock import driver_of, fence
 from ..harness.plan import Plan, Resources
 from ..harness.reasons import written
 from ..harness.report import write_report
+from ..harness.room import check_room
 from ..harness.run_dir import RunDir, run_path, write_bytes
 from .attempts import Attempts, given_up, killed, tried
 from .interrupt import Interrupts, exit_code
@@ -66,9 +67,18 @@ def find_resources(config: Config) -> Resources:
 def plan_run(config: Config, resources: Resources, *, before: Plan | None = None) -> Plan:
     """The plan of the run in runs_dir/name; `before` is its plan so far, where it goes on.
 
-    Raises ConfigError, and InfeasibleError for what does not fit.
+    Raises ConfigError, and InfeasibleError for what does not fit into memory or on the disk.
     """
-    return planned(config, resources, before=before).plan
+    found = planned(config, resources, before=before)
+    if found.profile is not None:
+        run = RunDir(found.plan.run_dir)
+        check_room(
+            found.plan,
+            found.profile.counts,
+            free_bytes=free_disk_bytes(str(run.path)),
+            has_checkpoint=any(run.checkpoints.glob("step_*/MANIFEST.json")),
+        )
+    return found.plan
 
 
 def train(config: Config, *, mode: Mode, report: Report, life: Life = FIRST_LIFE) -> RunDir:

@@ -290,6 +290,12 @@ def test_figures_of_other_hardware_are_not_checked_here(checkout, machine):
     assert f"not measured again: measured on {result['hardware']}" in text_of(found)
 
 
+def test_only_what_is_named_is_measured_again(checkout):
+    found = verify(setting(), names=["other"], **checkout)
+    assert (found.problems, found.num_checked, found.unchecked) == ([], 0, {"not asked for": 8})
+    assert verify(setting(), names=["fake"], **checkout).num_checked == 8
+
+
 def test_what_the_time_does_not_reach_is_not_checked(checkout):
     found = verify(setting(), limit_s=0, **checkout)
     assert (found.problems, found.num_checked) == ([], 0)

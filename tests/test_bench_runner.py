@@ -104,6 +104,45 @@ def test_an_interruption_before_anything_was_measured_is_one(tmp_path):
         runner.run(fake(interrupted), setting(), CHOICE)
 
 
+def test_a_resumed_run_measures_only_what_is_missing(tmp_path):
+    """`two` failed, which is an answer; `three` was not reached."""
+    path, seen = tmp_path / "fake.json", []
+
+    def measure(item, _setting):
+        seen.append(item.key)
+        if item.key == "three" and len(seen) == 3:
+            raise KeyboardInterrupt
+        yield {"key": item.key, "state": "failed" if item.key == "two" else "ok", "reason": None, "time_s": len(seen)}
+
+    before = runner.run(fake(measure), setting(), CHOICE, path=path, is_resumed=True)
+    assert before["is_interrupted"]
+    result = runner.run(fake(measure), setting(), CHOICE, path=path, is_resumed=True)
+    assert seen == ["one", "two", "three", "three"]
+    assert [(row["key"], row["time_s"]) for row in result["rows"]] == [("one", 1), ("two", 2), ("three", 4)]
+    assert not result["is_interrupted"]
+    assert record.load(path) == json.loads(json.dumps(result))
+    runner.run(fake(measure), setting(), CHOICE, path=path)
+    assert len(seen) == 7, "without --resume all is measured"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda found: found.update(hardware="nvidia-h200"), "another hardware"),
+        (lambda found: found.update(options_hash="0"), "another options"),
+        (lambda found: found["environment"].update(git_commit="abc"), "with the git_commit abc"),
+        (lambda found: found["environment"]["libraries"].update(torch="1.0"), "with the libraries"),
+    ],
+)
+def test_a_run_that_measured_something_else_is_not_gone_on_with(tmp_path, change, why):
+    path = tmp_path / "fake.json"
+    before = runner.run(fake(good), setting(), CHOICE)
+    change(before)
+    record.save(path, before)
+    with pytest.raises(ConfigError, match=why):
+        runner.run(fake(good), setting(), CHOICE, path=path, is_resumed=True)
+
+
 def test_no_item_begins_that_would_end_after_the_limit(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(runner.time, "perf_counter", lambda: clock.now)
@@ -320,7 +359,8 @@ MISTAKES = {
     "one result to compare": (["compare", "file"], "needs two results"),
     "comparing what is no result": (["compare", "file", "file"], "file: no JSON"),
     "tolerance": (["compare", "a", "b", "--tolerance", "much"], "--tolerance 'much'"),
-    "names for verify": (["verify", "kernels"], "takes no 'kernels'"),
+    "names and nothing measured": (["verify", "fake", "--docs-only"], "measures nothing again"),
+    "names for docs": (["docs", "kernels"], "takes no .kernels."),
     "profile of nothing": (["profile"], "needs one mode"),
     "profile of no mode": (["profile", "nothing"], "'nothing' is no mode"),
     "batch": (["profile", "burnish", "--batch", "4*256"], "sequences x tokens"),

@@ -47,6 +47,7 @@ SURFACE = {
         "--tolerance SHARE",
         "--times",
         "--docs-only",
+        "--resume",
         "--json",
     ],
     "submit": [

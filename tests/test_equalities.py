@@ -128,6 +128,45 @@ def test_a_nan_in_one_rank_makes_every_rank_skip_the_step_and_changes_nothing(pa
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+FULL_DISK = (
+    {"rank": 0, "step": 4, "point": "save.after_shard", "action": "full"},
+    {"rank": 1, "step": 6, "point": "save.before_fsync", "action": "full"},
+)
+SAVES = {
+    "adapter": LORA_DROPOUT,
+    "memory__zero_stage": 2,
+    "train": {"max_steps": 8, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1},
+}
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(pair, tmp_path):
+    """On either rank; the run goes on as if nothing had been, and saves again as soon as it can."""
+    expected = run(pair, tmp_path, "whole", **SAVES)
+    keeps = {"every_steps": 2, "keep": 8, "on_error": "skip"}
+    job = make_job(tmp_path, world=2, name="full", faults=FULL_DISK, checkpoint=keeps, **SAVES)
+    assert pair.run(job) is None
+    assert losses(job) == expected
+    folder = RunDir(job.plan["run_dir"])
+    skipped = [event for event in folder.read_jsonl(folder.events_jsonl) if event["event"] == "skipped_checkpoint"]
+    assert [event["step"] for event in skipped] == [4, 6]
+    assert "No space left on device" in skipped[0]["reason"]
+    assert "failed ranks: [1]" in skipped[1]["reason"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_00000002", "step_00000008"]
+
+
+@pytest.mark.parametrize(("on_error", "step"), [("stop", 4), ("skip", 8)])
+def test_a_full_disk_ends_the_run_by_default_and_always_at_its_last_checkpoint(pair, tmp_path, on_error, step):
+    faults = [{"rank": 0, "step": step, "point": "save.after_shard", "action": "full"}]
+    keeps = {"every_steps": 2, "on_error": on_error}
+    job = make_job(tmp_path, world=2, name="ends", faults=faults, checkpoint=keeps, **SAVES)
+    with pytest.raises(RuntimeError, match=r"SaveError: (cannot write|.* could not be written; failed ranks: \[0\])"):
+        pair.run(job)
+    whole = sorted(path.name for path in RunDir(job.plan["run_dir"]).checkpoints.iterdir())
+    assert whole[-1] == f"step_{step - 2:08d}"
+    job = make_job(tmp_path, world=2, name="ends", mode="resume", checkpoint=keeps, **SAVES)
+    assert pair.run(job) is None
+
+
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_a_rank_that_sleeps_in_every_step_is_named_within_20_steps(pair, tmp_path, stage):
     faults = [{"rank": 1, "point": "step", "action": "sleep", "seconds": 0.1}]

@@ -83,12 +83,11 @@ def test_more_machines_fail_more_often():
 
 
 def test_a_run_that_fails_more_often_than_published_goes_by_its_own_rate():
-    start = [{"event": "plan", "time": 1000.0}]
     failures = [{"event": "worker_failure", "time": 1100.0}, {"event": "restart", "time": 1101.0}]
-    assert mean_time_between_failures_s([], published_s=1e6, now=0) == 1e6
-    assert mean_time_between_failures_s(start + failures, published_s=1e6, now=1600) == 1e6
-    assert mean_time_between_failures_s(start + 3 * failures, published_s=1e6, now=1600) == 200
-    assert mean_time_between_failures_s(start + 3 * failures, published_s=100, now=1600) == 100
+    assert mean_time_between_failures_s([], published_s=1e6, running_s=0) == 1e6
+    assert mean_time_between_failures_s(failures, published_s=1e6, running_s=600) == 1e6
+    assert mean_time_between_failures_s(3 * failures, published_s=1e6, running_s=600) == 200
+    assert mean_time_between_failures_s(3 * failures, published_s=100, running_s=600) == 100
 
 
 def test_failures_at_the_start_count_less_the_longer_the_run_goes_on():
@@ -120,7 +119,7 @@ class Ranks:
                 first_step=first_step,
                 is_first=rank == 0,
                 published_s=mtbf_s,
-                events=[{"event": "checkpoint", "time_s": time_s} for time_s in save_times_s],
+                events=[{"event": "checkpoint", "time": 0.0, "time_s": time_s} for time_s in save_times_s],
                 share=self.share,
                 tell=self.events.append,
                 # Clocks of hosts differ; only rank 0's counts.
