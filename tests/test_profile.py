@@ -68,12 +68,22 @@ def tracked_peak(plan: Plan) -> int:
     return int(line.live[line.at("forward") :].max())
 
 
-@pytest.mark.parametrize(("method", "policy"), [("lora", "none"), ("full", "full"), ("unfused", "none")])
-def test_one_layer_tells_what_four_take(method: str, policy: str) -> None:
+TIED = {"model": {"init": LLAMA | {"tie_word_embeddings": True}, "dtype": "bf16"}}
+CHANGES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"adapter": {"method": "full"}},
+    "unfused": {"kernels": {"enabled": False}},
+    # The head's weights are the embedding's: a gradient comes through the frozen layers.
+    "last layer, tied": TIED | {"adapter": {"method": "freeze", "last_layers": 1}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "policy"), [("lora", "none"), ("full", "full"), ("unfused", "none"), ("last layer, tied", "none")]
+)
+def test_one_layer_tells_what_four_take(change: str, policy: str) -> None:
     """The profile is of one layer, 128 and 256 tokens and a cut vocabulary; the run has 600 tokens."""
-    changes: dict[str, Any] = {"adapter": {"method": "full"}} if method == "full" else {}
-    changes |= {"kernels": {"enabled": False}} if method == "unfused" else {}
-    config = config_of(**changes)
+    config = config_of(**CHANGES[change])
     plan, profile = plan_of(config, policy), make_profile(config)
     moments = moments_of_step(plan, profile)
     predicted = max(
