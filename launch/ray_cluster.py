@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 from ray.exceptions import RayError
@@ -47,6 +48,15 @@ SETTINGS = {
 }
 """Read by Ray when it starts. A dead worker is noticed in half a second, a dead head in ten seconds; workers that the
 cluster has no room for end in an error."""
+
+EMBEDDED = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # for one machine alone: every server on the loopback address
+    # Three servers of metrics, which answer without a token: none. A port that there is not is what switches two off.
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
+"""Of a cluster that nothing outside this machine is to reach."""
 
 
 def cluster_resources(config: Config) -> Resources:
@@ -116,8 +126,8 @@ def _start(resources: Resources, folder: Path) -> None:
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(_token())
     # Whatever the user's environment says: nobody talks to this cluster without its token, which is not in the home.
-    _apply(SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
-    with _home_of_ray(folder / "home"):
+    _apply(SETTINGS | EMBEDDED | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
+    with _home_of_ray(folder / "home"), _on_loopback():
         _init(
             address="local",
             num_cpus=resources.num_cpus,
@@ -143,6 +153,17 @@ def _home_of_ray(home: Path) -> Iterator[None]:
         yield
     finally:
         os.environ["HOME"] = before
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """What EMBEDDED says, for this process: it has read its environment when Ray was imported."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _apply(settings: dict[str, str]) -> None:
