@@ -16,9 +16,10 @@ ROUND_PACKED = 128
 """A packed row is filled up to a multiple of this."""
 FLATTENED_ELEMENTS = 500_000_000
 """Stage 0 and 1: gradients that DeepSpeed copies into one tensor to reduce them."""
-GATHER_HOLES = {"cpu": 2.4, "cuda": 1.0}
-"""Device -> bytes that a gathered byte takes. The C library's heap keeps holes between gathered parameters that come
-and go: measured with SmolLM2-135M on two ranks, LoRA and whole."""
+GATHER_COPIES = {"cpu": 2.0, "cuda": 1.0}
+"""Device -> bytes that a gathered byte takes: as measured with SmolLM2-135M on one and two ranks, LoRA and whole."""
+GATHER_HOLES = 0.4
+"""The same beside them on the C library's heap, between gathered parameters that come and go."""
 QUANTIZED_BYTES = {"nf4": 0.5, "int8": 1.0}
 OPTIMIZER_COPIES = {
     "adamw": {"cpu": 0, "cuda": 0},
@@ -167,7 +168,8 @@ def gathered_bytes(plan: Plan, profile: Profile) -> int:
     whole = DTYPE_BYTES[plan.config.model.dtype] * (counts.total - counts.quantized) + quantized
     ahead = 0 if plan.offload_param == "nvme" else LIVE_ELEMENTS + BUCKET_ELEMENTS
     num_gathered = max(profile.layer.total, profile.embedding.total) + ahead
-    return round(GATHER_HOLES[plan.device] * whole * min(1.0, num_gathered / counts.total))
+    copies = GATHER_COPIES[plan.device] + (GATHER_HOLES if plan.device == "cpu" and profile.is_on_heap else 0)
+    return round(copies * whole * min(1.0, num_gathered / counts.total))
 
 
 GRADIENTS = {0: _accumulated_by_torch, 1: _in_whole_on_every_rank, 2: _partitioned, 3: _all_partitioned}
