@@ -52,6 +52,8 @@ class Item:
     what: Mapping[str, Any] = field(default_factory=dict)
     cost_s: float = 1.0
     """About how long it takes, for the estimate of what is left."""
+    before: Sequence[Row] = ()
+    """Rows of it that an interrupted run has measured; `measure` may yield them as they are."""
 
 
 @dataclass(frozen=True)

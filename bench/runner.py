@@ -6,6 +6,7 @@ No torch here.
 import fnmatch
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..harness.errors import ConfigError
@@ -51,9 +52,7 @@ def run(
     start = time.perf_counter()
     result = record.opened(benchmark.name, setting, choice, benchmark.prepare(setting))
     if is_resumed and path is not None and path.exists():
-        result["rows"] = rows_before(record.load(path), result, items, path=path)
-        have = {row["key"] for row in result["rows"]}
-        items = [item for item in items if not have.issuperset(item.rows)]
+        result["rows"], items = gone_on_with(record.load(path), result, items, path=path)
     progress = Progress(items)
     try:
         for item in items:
@@ -76,8 +75,11 @@ def run(
     return result
 
 
-def rows_before(before: Result, now: Result, items: Sequence[Item], *, path: Path) -> list[Row]:
-    """The rows of those items that were measured whole. Raises ConfigError where something else was measured."""
+def gone_on_with(before: Result, now: Result, items: Sequence[Item], *, path: Path) -> tuple[list[Row], list[Item]]:
+    """The rows of items that were measured whole, and the other items, with what there is of theirs in `before`.
+
+    Raises ConfigError where something else was measured.
+    """
     for name in SAME:
         if before[name] != now[name]:
             raise ConfigError(f"--resume: {path} was measured with another {name.replace('_hash', '')}")
@@ -85,7 +87,15 @@ def rows_before(before: Result, now: Result, items: Sequence[Item], *, path: Pat
         if (was := before["environment"].get(name)) != (is_now := now["environment"].get(name)):
             raise ConfigError(f"--resume: {path} was measured with the {name} {was}, now there is {is_now}")
     rows = {row["key"]: row for row in before["rows"] if row["state"] != NOT_MEASURED}
-    return [rows[key] for item in items if rows.keys() >= set(item.rows) for key in item.rows]
+    kept: list[Row] = []
+    left = []
+    for item in items:
+        found = [rows[key] for key in item.rows if key in rows]
+        if len(found) == len(item.rows):
+            kept += found
+        else:
+            left.append(replace(item, before=found))
+    return kept, left
 
 
 def keep(path: Path | None, result: Result) -> None:

@@ -12,6 +12,9 @@ MODULES = {"kernels": ".bench_kernels", "step": ".bench_step", "memory": ".bench
 ON_REQUEST = {"limit": ".bench_limit", "plan": ".bench_plan"}
 """Those that run only where they are named: they need a memory cgroup, or take very long."""
 
+LONG = ("limit",)
+"""Take hours: `verify` measures them again only where they are named."""
+
 
 def with_results(results: Iterable[str]) -> list[str]:
     """All of the suite, and those on request that have results."""

@@ -267,6 +267,8 @@ def measured_again(
             unchecked[f"measured on {result['hardware']}"] += num_figures_of(result)
         elif names is not None and result["benchmark"] not in names:
             unchecked["not asked for"] += num_figures_of(result)
+        elif names is None and result["benchmark"] in suite.LONG:
+            unchecked[f"takes hours: burnish bench verify {result['benchmark']}"] += num_figures_of(result)
         elif news and news[-1]["is_interrupted"]:
             unchecked["interrupted"] += num_figures_of(result)
         else:

@@ -284,6 +284,8 @@ class Train(Section):
     """Examples per forward pass on one worker."""
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Clip the global gradient norm; 0 = off."""
+    on_loss_spike: Literal["note", "skip"] = "note"
+    """A loss far above those before: only note it, or leave the step out, so that its examples change no weight."""
     num_threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     """CPU threads per worker; the cores divided by the workers if left out."""
 

@@ -28,7 +28,12 @@ class Spikes:
         self.losses = deque(losses, maxlen=SPIKE_WINDOW)
 
     def limit(self, loss: float) -> float | None:
-        """What this step's loss is above, or None if it is no spike; the loss counts from the next step on."""
+        """What this step's loss is above, or None if it is no spike; the loss counts from the next step on.
+
+        A loss that is not finite is another matter, and does not count.
+        """
+        if not math.isfinite(loss):
+            return None
         usual = sorted(self.losses)
         self.losses.append(loss)
         if len(usual) < SPIKE_WINDOW:
@@ -75,17 +80,18 @@ def _ratio(values: Sequence[float], rank: int) -> float:
 
 
 class Notices:
-    """Says as events what is noticed about each step. `losses` are those of the steps before."""
+    """Says as events what is noticed about each step."""
 
-    def __init__(self, emit: Callable[[dict[str, Any]], None], *, losses: Iterable[float], num_ranks: int) -> None:
-        self.emit, self.spikes, self.stragglers = emit, Spikes(losses), Stragglers(num_ranks)
+    def __init__(self, emit: Callable[[dict[str, Any]], None], *, num_ranks: int) -> None:
+        self.emit, self.stragglers = emit, Stragglers(num_ranks)
 
     def see(self, step: "StepReport") -> None:
         done = step.step + 1
+        if step.spike_limit is not None:
+            self.emit({"event": "loss_spike", "step": done, "loss": step.loss, "limit": step.spike_limit})
         if step.skipped:
-            self.emit({"event": "skipped_step", "step": done, "num_skipped": step.num_skipped})
-        elif (limit := self.spikes.limit(step.loss)) is not None:
-            self.emit({"event": "loss_spike", "step": done, "loss": step.loss, "limit": limit})
+            reason = "its loss or gradient is not finite" if step.spike_limit is None else "its loss jumped"
+            self.emit({"event": "skipped_step", "step": done, "num_skipped": step.num_skipped, "reason": reason})
         if step.busy_s:
             for rank, ratio in self.stragglers.see(step.busy_s, step.elements).items():
                 self.emit({"event": "straggler", "step": done, "rank": rank, "ratio": round(ratio, 2)})

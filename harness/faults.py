@@ -6,11 +6,13 @@ A test arms a point in its own process, or those of other processes by the envir
 
 `step` counts from 1: the point "step" is reached before that step, the points "save.*" in a save after it; without it
 every step is meant. `once` is a file that the fault makes, and where it is there already nothing happens. "sleep" takes
-`seconds`; "nan" makes the losses of this rank's next step NaN, "full" is what a full disk says.
+`seconds`; "nan" makes the losses of this rank's next step NaN, "jump" JUMP times as large; "full" raises
+what a full disk does.
 """
 
 import errno
 import json
+import math
 import os
 import signal
 import time
@@ -27,10 +29,11 @@ SIGNALS = {
     "abrt": signal.SIGABRT,
 }
 EXIT_CODE = 70
+JUMP = 1000.0
 
 _armed: dict[str, Callable[[], None]] = {}
 _position = {"step": 0}
-_poisoned: set[int] = set()
+_factors: dict[int, float] = {}
 
 
 def arm(name: str, action: Callable[[], None]) -> None:
@@ -41,7 +44,7 @@ def arm(name: str, action: Callable[[], None]) -> None:
 def disarm() -> None:
     """Makes every fault point inert again."""
     _armed.clear()
-    _poisoned.clear()
+    _factors.clear()
 
 
 def faultpoint(name: str, *, step: int | None = None) -> None:
@@ -53,9 +56,9 @@ def faultpoint(name: str, *, step: int | None = None) -> None:
         action()
 
 
-def is_poisoned() -> bool:
-    """Whether a fault wants the losses of the step at hand to be NaN."""
-    return _position["step"] in _poisoned
+def loss_factor() -> float:
+    """What a fault multiplies the losses of the step at hand with; 1 without one."""
+    return _factors.get(_position["step"], 1.0)
 
 
 def arm_from_environment(rank: int) -> None:
@@ -92,8 +95,8 @@ def _act(fault: dict[str, Any]) -> None:
     action = fault["action"]
     if action == "sleep":
         time.sleep(fault["seconds"])
-    elif action == "nan":
-        _poisoned.add(_position["step"])
+    elif action in ("nan", "jump"):
+        _factors[_position["step"]] = math.nan if action == "nan" else JUMP
     elif action == "raise":
         raise RuntimeError(f"injected at {fault['point']}")
     elif action == "full":

@@ -11,6 +11,7 @@ from . import backoff, lock
 from .data.loader import Loader
 from .data.prepare import Prepared
 from .data.sampler import Sampler
+from .detectors import Spikes
 from .engine import Engine, World
 from .errors import SupersededError
 from .identity import identity
@@ -44,6 +45,7 @@ class Job:
     """What rank 0 of this group of workers took from the fence (see lock.py)."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     num_skipped: int = 0
+    spikes: Spikes = field(default_factory=Spikes)
     peak_memory_bytes: int = 0
 
     @property

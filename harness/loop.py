@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .config import Config
 from .data.loader import Loader, StepBatch
+from .detectors import Spikes
 from .engine import Engine, World
 from .errors import TrainingError
-from .faults import faultpoint, is_poisoned
+from .faults import faultpoint, loss_factor
 from .schedule import learning_rate
 from .tasks import Task
 
@@ -65,6 +66,8 @@ class StepReport:
     busy_s: tuple[float, ...] = ()
     elements: tuple[float, ...] = ()
     num_skipped: int = 0
+    spike_limit: float | None = None
+    """What the loss is above, where it is a spike."""
 
     def record(self) -> dict[str, Any]:
         """The line of metrics.jsonl; steps count from 1 there (steps done)."""
@@ -86,17 +89,20 @@ def train_step(
     step: int,
     lr: float,
     is_stopping: bool,
+    spikes: Spikes,
     pace: Pace | None = None,
     began: float | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> StepReport:
     """One optimizer step over this rank's micro-batches. Collective: every rank calls it with the same step.
 
-    The gradient of a loss that is not finite is made not finite, so that every rank skips the step. `began` is when
+    The gradient of a loss that is not finite is made not finite, so that every rank skips the step; so is that of a
+    spike where the config says so. `spikes` has the losses before, the same on every rank. `began` is when
     this rank began to work for the step, of time.perf_counter; `progress` is called before every micro-batch.
     """
     start = time.perf_counter()
     loss_sum: Tensor | float = 0.0
+    spike_limit: float | None = None
     last = len(batch.micro_batches) - 1
     busy = Busy(start if began is None else began, on_device=pace is not None and pace.device == "cuda")
     for i, (cell, micro) in enumerate(zip(batch.cells, batch.micro_batches, strict=True)):
@@ -108,13 +114,20 @@ def train_step(
         loss = task.loss(engine.module, micro, config) / batch.num_supervised
         if i == 0 and pace is not None and pace.has_own_forward:
             busy.end()
-        if is_poisoned():
-            loss = loss * math.nan
-        engine.backward(loss * one_or_nan(loss), is_last=i == last)
+        if loss_factor() != 1:
+            loss = loss * loss_factor()
         loss_sum = loss_sum + loss.detach().double()
+        factor = one_or_nan(loss)
+        if i == last and config.train.on_loss_spike == "skip":
+            [total] = engine.all_reduce_sum(torch.tensor([float(loss_sum)], dtype=torch.float64)).tolist()
+            spike_limit = spikes.limit(total)
+            factor = factor if spike_limit is None else factor * math.nan
+        engine.backward(loss * factor, is_last=i == last)
     result = engine.step(lr)
     values = torch.tensor([float(loss_sum), float(is_stopping), *_own(pace, busy, batch)], dtype=torch.float64)
     total, stops, *paces = engine.all_reduce_sum(values).tolist()
+    if config.train.on_loss_spike == "note" and not result.skipped:
+        spike_limit = spikes.limit(total)
     return StepReport(
         step=step,
         loss=total,
@@ -126,6 +139,7 @@ def train_step(
         is_stop_requested=stops > 0,
         busy_s=tuple(paces[0::2]),
         elements=tuple(paces[1::2]),
+        spike_limit=spike_limit,
     )
 
 
@@ -176,14 +190,16 @@ def train(
     total_steps: int,
     is_stopping: Callable[[], bool],
     after_step: Callable[[StepReport], None],
+    spikes: Spikes,
     num_skipped: int = 0,
     pace: Pace | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> int:
     """Runs steps first_step … total_steps-1 and returns how many are done; fewer when a stop was requested.
 
-    Raises TrainingError after MAX_SKIPPED_IN_A_ROW steps in a row with a non-finite gradient or loss, and where
-    MAX_SKIPPED_SHARE of the run's steps had one. `num_skipped` is how many had before first_step.
+    Raises TrainingError after MAX_SKIPPED_IN_A_ROW skipped steps in a row (a gradient or loss that is not finite, or a
+    spike where these are skipped), and where MAX_SKIPPED_SHARE of the run's steps were. `num_skipped` and `spikes` are
+    of the steps before first_step.
     """
     in_a_row = 0
     for step in range(first_step, total_steps):
@@ -198,6 +214,7 @@ def train(
             step=step,
             lr=learning_rate(config, step, total_steps),
             is_stopping=is_stopping(),
+            spikes=spikes,
             pace=pace,
             began=began,
             progress=progress,
@@ -217,6 +234,7 @@ def _check_skipped(step: int, in_a_row: int, num_skipped: int, total_steps: int)
         return
     how_often = f"{in_a_row} steps in a row" if in_a_row >= MAX_SKIPPED_IN_A_ROW else f"{num_skipped} steps"
     raise TrainingError(
-        f"the loss or gradient was not finite in {how_often} (up to step {step + 1} of {total_steps}); "
+        f"{how_often} were skipped, for a loss or gradient that is not finite or a loss that jumped (up to step "
+        f"{step + 1} of {total_steps}); "
         "lower optimizer.learning_rate, set train.max_grad_norm, or look for broken rows with `burnish data`"
     )

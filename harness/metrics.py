@@ -55,12 +55,6 @@ class MetricsWriter:
                     self.board.add_scalar(f"{prefix}/{key}", value, record["step"])
             self.board.flush()
 
-    def losses(self) -> list[float]:
-        """The finite losses of training steps so far, in their order."""
-        records = read_jsonl(self.run_dir.metrics_jsonl)
-        found = [record.get("loss") for record in records if record.get("kind") == "train"]
-        return [loss for loss in found if loss is not None]
-
     def close(self) -> None:
         if self.board is not None:
             self.board.close()

@@ -21,7 +21,7 @@ from .data.loader import Loader, eval_batches
 from .data.prepare import Prepared
 from .data.sampler import Sampler
 from .data.store import Store
-from .detectors import Notices
+from .detectors import Notices, Spikes
 from .elastic import plan_for
 from .engine import Engine, World, make_engine, shared_number
 from .errors import Interrupted, SaveError, SupersededError, TrainingError
@@ -184,6 +184,7 @@ def _restore(job: Job) -> int:
     job.engine.load_state(state)
     checkpoint.set_rng_state(rng)
     job.samples, job.num_skipped = trainer["samples"], trainer.get("skipped", 0)
+    job.spikes = Spikes(trainer.get("losses", ()))
     job.metrics.start(trainer["step"])
     job.emit({"event": "resume", "step": trainer["step"], "path": str(path)})
     return int(trainer["step"])
@@ -194,8 +195,7 @@ def _train(job: Job, first_step: int) -> int:
     saved_step = first_step
     share = functools.partial(shared_number, job.engine, job.world)
     saves = interval.of_run(job.plan, job.world, first_step=first_step, share=share, tell=job.emit)
-    losses = job.metrics.losses() if job.is_first else []
-    notices = Notices(job.emit, losses=losses, num_ranks=job.world.size)
+    notices = Notices(job.emit, num_ranks=job.world.size)
 
     def after_step(step: StepReport) -> None:
         nonlocal saved_step
@@ -224,6 +224,7 @@ def _train(job: Job, first_step: int) -> int:
         total_steps=total,
         is_stopping=job.run_dir.stop.exists,
         after_step=after_step,
+        spikes=job.spikes,
         num_skipped=job.num_skipped,
         pace=pace_of(job.world, zero_stage=job.plan.zero_stage),
         progress=job.position.progress,
@@ -243,7 +244,7 @@ def _save(job: Job, step: int, *, is_last: bool) -> float | None:
                 job.plan.run_dir,
                 step,
                 state=job.engine.state(),
-                trainer={"step": step, "samples": job.samples, "skipped": job.num_skipped} | job.identity,
+                trainer=_trainer(job, step),
                 world=job.world,
                 barrier=job.engine.barrier,
                 keep=job.plan.config.checkpoint.keep,
@@ -264,6 +265,12 @@ def _save(job: Job, step: int, *, is_last: bool) -> float | None:
         raise failure
     job.emit({"event": "checkpoint", "step": step, "path": str(path), "time_s": time_s})
     return time_s
+
+
+def _trainer(job: Job, step: int) -> dict[str, Any]:
+    """What a checkpoint has beside the state of the engine."""
+    own = {"step": step, "samples": job.samples, "skipped": job.num_skipped, "losses": list(job.spikes.losses)}
+    return own | job.identity
 
 
 def _eval_batches(job: Job, store_dir: str, *, rank: int, world_size: int, max_examples: int | None) -> Any:

@@ -26,7 +26,7 @@ ZERO = {"torch": "one process", "deepspeed": "DeepSpeed ZeRO-{stage}"}
 NOTICED = {
     "hang": "rank {rank} hung after step {step} ({phase}); stacks are in {stacks}",
     "straggler": "rank {rank} takes {ratio} times as long as the others (step {step})",
-    "skipped_step": "step {step} was skipped, its loss or gradient is not finite ({num_skipped} so far)",
+    "skipped_step": "step {step} was skipped, {reason} ({num_skipped} so far)",
     "skipped_checkpoint": "no checkpoint after step {step}: {reason}",
     "loss_spike": "the loss of step {step} jumped to {loss:.4g}; above {limit:.4g} is a spike",
 }

@@ -42,7 +42,7 @@ Report = Callable[[dict[str, Any]], None]
 LAUNCHERS = {"inline": ".local", "ray": ".ray_train"}
 """launch.type -> module with resources(config) and session(plan, resources); Ray is imported only if it is used."""
 MAY_DIFFER = (
-    *("launch", "tracking", "runs_dir", "memory", "train.num_threads"),
+    *("launch", "tracking", "runs_dir", "memory", "checkpoint", "train.num_threads"),
     *("train.micro_batch_size", "eval.micro_batch_size"),
 )
 """Keys that may change when a run goes on: where and how it runs, not what it computes."""

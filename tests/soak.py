@@ -81,7 +81,7 @@ def start(folder, *, num_ranks, num_nodes, kill_step):
     from ray.cluster_utils import Cluster
 
     # So many processes that start at once on few cores need longer than a real node's.
-    SETTINGS["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "400"
+    SETTINGS["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "900"
     os.environ.update(SETTINGS)
     fault = {"rank": num_ranks // 2, "step": kill_step, "point": "step", "action": "kill"}
     os.environ["BURNISH_FAULTS"] = json.dumps([fault | {"once": str(folder / KILLED)}])

@@ -290,9 +290,10 @@ def test_figures_of_other_hardware_are_not_checked_here(checkout, machine):
     assert f"not measured again: measured on {result['hardware']}" in text_of(found)
 
 
-def test_only_what_is_named_is_measured_again(checkout):
-    found = verify(setting(), names=["other"], **checkout)
-    assert (found.problems, found.num_checked, found.unchecked) == ([], 0, {"not asked for": 8})
+def test_only_what_is_named_is_measured_again_and_what_takes_hours_only_then(checkout, monkeypatch):
+    assert verify(setting(), names=["other"], **checkout).unchecked == {"not asked for": 8}
+    monkeypatch.setattr(suite, "LONG", ("fake",))
+    assert verify(setting(), **checkout).unchecked == {"takes hours: burnish bench verify fake": 8}
     assert verify(setting(), names=["fake"], **checkout).num_checked == 8
 
 

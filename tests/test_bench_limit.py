@@ -4,6 +4,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -105,6 +106,22 @@ def test_rows_have_the_ratio_to_the_peer_and_losses_that_differ_make_them_void()
     assert (none["state"], none["reason"]) == ("failed", "no room")
     unconfirmed = row(own, [made(515, "completed", [2.0, 1.5]), made(515, "killed", [2.0, 1.5])], [2.0, 1.5, 1.0])
     assert unconfirmed["state"] == "failed"
+
+
+def test_a_search_goes_on_where_an_interrupted_one_had_the_peer(monkeypatch, tmp_path):
+    item = replace(limit_cases.items("cpu", Choice())[0], before=[{"key": Case(PEER, "qlora", "1.5B", 10, 256).key}])
+    item.before[0]["losses"] = [2.0] * 10
+    tried = []
+
+    def found(case, model, _setting):
+        tried.append(case.mode)
+        return [Probe(100, "killed", 100, 100, 1.0, 1), Probe(102, "completed", 102, 100, 1.0, 0, [2.5] * 10)]
+
+    monkeypatch.setattr(bench_limit, "found", found)
+    monkeypatch.setattr(limit_models, "checkpoint", lambda name, folder: tmp_path)
+    peer, own = bench_limit.measure(item, Setting("cpu", 1, None, False, lambda text: None))
+    assert (peer, tried) == (item.before[0], [OWN])
+    assert own["state"] == "void"
 
 
 def test_whether_a_limit_is_enough_is_answered_by_yes_or_no():

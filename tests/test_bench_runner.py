@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,23 @@ def test_a_resumed_run_measures_only_what_is_missing(tmp_path):
     assert record.load(path) == json.loads(json.dumps(result))
     runner.run(fake(measure), setting(), CHOICE, path=path)
     assert len(seen) == 7, "without --resume all is measured"
+
+
+def test_a_resumed_item_is_told_what_there_is_of_it(tmp_path):
+    path, seen = tmp_path / "fake.json", []
+    benchmark = replace(fake(None), items=lambda _device, _choice: [Item("one", ("a", "b"))])
+
+    def measure(item, _setting):
+        seen.append([row["key"] for row in item.before])
+        yield {"key": "a", "state": "ok", "reason": None, "time_s": 1.0}
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        yield {"key": "b", "state": "ok", "reason": None, "time_s": 1.0}
+
+    for _ in range(2):
+        result = runner.run(replace(benchmark, measure=measure), setting(), CHOICE, path=path, is_resumed=True)
+    assert seen == [[], ["a"]]
+    assert [(row["key"], row["state"]) for row in result["rows"]] == [("a", "ok"), ("b", "ok")]
 
 
 @pytest.mark.parametrize(

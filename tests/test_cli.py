@@ -43,11 +43,11 @@ SURFACE = {
         "--threads N",
         "--seconds N",
         "--out PATH",
+        "--resume",
         "--record",
         "--tolerance SHARE",
         "--times",
         "--docs-only",
-        "--resume",
         "--json",
     ],
     "submit": [

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from burnish.harness.detectors import SPIKE_WINDOW
 from burnish.harness.run_dir import RunDir
 from ranks import KILLED, RankPool, losses, make_job, run_job
 from safetensors.torch import load_file
@@ -126,6 +127,50 @@ def test_a_nan_in_one_rank_makes_every_rank_skip_the_step_and_changes_nothing(pa
     before, at, after = states
     assert all(torch.equal(before[name], at[name]) for name in before)
     assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+JUMPS = {
+    "adapter": LORA_DROPOUT,
+    "memory__zero_stage": 2,
+    "train": {"max_steps": SPIKE_WINDOW + 6, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1},
+}
+
+
+def events_of(job, name):
+    run = RunDir(job.plan["run_dir"])
+    return [event for event in run.read_jsonl(run.events_jsonl) if event["event"] == name]
+
+
+def test_a_step_whose_loss_jumps_is_left_out_on_every_rank_and_so_it_is_after_a_kill(pair, tmp_path):
+    """The losses that a jump is told by are in the checkpoint."""
+    jump = SPIKE_WINDOW + 3
+    changes = JUMPS | {"checkpoint": {"every_steps": 2, "keep": 6}}
+    changes["train"] = JUMPS["train"] | {"on_loss_spike": "skip"}
+    faults = [{"rank": 1, "step": jump, "point": "step", "action": "jump"}]
+    whole = make_job(tmp_path, world=2, name="whole", faults=faults, **changes)
+    assert pair.run(whole) is None
+    [event] = events_of(whole, "loss_spike")
+    assert event["step"] == jump
+    assert event["loss"] > 100 * event["limit"]
+    assert [(one["step"], one["reason"]) for one in events_of(whole, "skipped_step")] == [(jump, "its loss jumped")]
+    run = RunDir(whole.plan["run_dir"])
+    records = [record for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
+    assert [record["step"] for record in records if record["skipped"]] == [jump]
+
+    killed = make_job(tmp_path, world=2, name="killed", kill_after_step=jump - 1, **changes)
+    assert pair.run(killed) == KILLED
+    resumed = make_job(tmp_path, world=2, name="killed", mode="resume", faults=faults, **changes)
+    assert pair.run(resumed) is None
+    assert losses(resumed) == losses(whole)
+    assert [one["step"] for one in events_of(resumed, "skipped_step")] == [jump]
+
+
+def test_a_loss_that_jumps_is_only_noted_where_the_config_does_not_say_more(single, tmp_path):
+    faults = [{"step": SPIKE_WINDOW + 3, "point": "step", "action": "jump"}]
+    job = make_job(tmp_path, world=1, name="noted", faults=faults, **JUMPS | {"memory__zero_stage": 0})
+    assert single.run(job) is None
+    assert events_of(job, "loss_spike")[0]["step"] == SPIKE_WINDOW + 3
+    assert events_of(job, "skipped_step") == []
 
 
 FULL_DISK = (
