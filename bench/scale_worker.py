@@ -22,7 +22,6 @@ from ..harness.config import Config
 from ..harness.data.loader import Loader
 from ..harness.data.sampler import Sampler
 from ..harness.data.store import Store
-from ..harness.detectors import Spikes
 from ..harness.engine import Engine, World, make_engine
 from ..harness.loop import train_step
 from ..harness.tasks import get_task
@@ -67,14 +66,7 @@ class Training:
         input_s = time.perf_counter() - start_s
         task = get_task(self.config.task.type)
         report = train_step(
-            self.engine,
-            task,
-            self.config,
-            batch=batch,
-            step=number,
-            lr=LEARNING_RATE,
-            is_stopping=False,
-            spikes=Spikes(),
+            self.engine, task, self.config, batch=batch, step=number, lr=LEARNING_RATE, is_stopping=False
         )
         self.synchronize()
         time_s, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s

@@ -89,7 +89,7 @@ def train_step(
     step: int,
     lr: float,
     is_stopping: bool,
-    spikes: Spikes,
+    spikes: Spikes | None = None,
     pace: Pace | None = None,
     began: float | None = None,
     progress: Callable[[], None] = lambda: None,
@@ -97,8 +97,9 @@ def train_step(
     """One optimizer step over this rank's micro-batches. Collective: every rank calls it with the same step.
 
     The gradient of a loss that is not finite is made not finite, so that every rank skips the step; so is that of a
-    spike where the config says so. `spikes` has the losses before, the same on every rank. `began` is when
-    this rank began to work for the step, of time.perf_counter; `progress` is called before every micro-batch.
+    spike where the config says so. `spikes` has the losses before, the same on every rank; without it none is looked
+    for. `began` is when this rank began to work for the step, of time.perf_counter; `progress` is called before every
+    micro-batch.
     """
     start = time.perf_counter()
     loss_sum: Tensor | float = 0.0
@@ -118,7 +119,7 @@ def train_step(
             loss = loss * loss_factor()
         loss_sum = loss_sum + loss.detach().double()
         factor = one_or_nan(loss)
-        if i == last and config.train.on_loss_spike == "skip":
+        if i == last and spikes is not None and config.train.on_loss_spike == "skip":
             [total] = engine.all_reduce_sum(torch.tensor([float(loss_sum)], dtype=torch.float64)).tolist()
             spike_limit = spikes.limit(total)
             factor = factor if spike_limit is None else factor * math.nan
@@ -126,7 +127,7 @@ def train_step(
     result = engine.step(lr)
     values = torch.tensor([float(loss_sum), float(is_stopping), *_own(pace, busy, batch)], dtype=torch.float64)
     total, stops, *paces = engine.all_reduce_sum(values).tolist()
-    if config.train.on_loss_spike == "note" and not result.skipped:
+    if spikes is not None and config.train.on_loss_spike == "note" and not result.skipped:
         spike_limit = spikes.limit(total)
     return StepReport(
         step=step,
