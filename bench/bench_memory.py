@@ -260,15 +260,20 @@ def planned(method: str, workload: Workload) -> dict[str, int]:
 
 
 def figures(row: Row) -> list[Figure]:
-    """The peaks at the lengths that all methods share, and the largest size if it is one and not a bound."""
+    """The peaks at the lengths that all methods share, and the longest if it is one and not a bound; or of each model.
+
+    The largest model is no figure: from one to the next is a leap, which a peak near the budget takes or does not.
+    """
+    if row["kind"] == "model":
+        peaks = {probe["model"]: probe["peak_bytes"] for probe in row["probes"] if probe["peak_bytes"] is not None}
+        return [Figure(f"{row['key']}{SEPARATOR}peak of {name}", "peak", peaks[name], (), "lower") for name in peaks]
     found = [
         Figure(f"{row['key']}{SEPARATOR}peak at {probe['tokens']} tokens", "peak", probe["peak_bytes"], (), "lower")
         for probe in row["probes"]
         if probe.get("tokens") in row.get("common_tokens", ()) and probe["peak_bytes"] is not None
     ]
-    name = "max_tokens" if row["kind"] == "length" else "max_params"
-    if row["bound"] != "at least" and row[name] is not None:
-        found.append(Figure(f"{row['key']}{SEPARATOR}{name}", "count", row[name], (), "higher"))
+    if row["bound"] != "at least" and row["max_tokens"] is not None:
+        found.append(Figure(f"{row['key']}{SEPARATOR}max_tokens", "count", row["max_tokens"], (), "higher"))
     return found
 
 

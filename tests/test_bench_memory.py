@@ -262,3 +262,13 @@ def test_two_methods_end_to_end_in_processes_of_their_own(monkeypatch):
         assert probe["floor_bytes"] > 200 * MIB
         assert probe["time_s"] > 0
     assert [row[2] for row in BENCHMARK.tables(result)[0].rows] == ["128 (all)", "128 (all)"]
+
+
+def test_the_figures_of_a_largest_model_are_the_peaks_that_it_follows_from():
+    """360M takes 1 % more than the budget: the next time it may fit, and nothing has changed."""
+    probes = [{"model": "135M", "peak_bytes": 600}, {"model": "360M", "peak_bytes": 1010}]
+    row = {"key": "model", "kind": "model", "bound": "exact", "max_params": 135, "probes": probes}
+    assert [(one.key.rpartition(" ")[2], one.kind, one.value) for one in bench_memory.figures(row)] == [
+        ("135M", "peak", 600),
+        ("360M", "peak", 1010),
+    ]
