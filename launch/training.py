@@ -20,6 +20,7 @@ from ..harness.errors import (
     OutOfMemory,
     SupersededError,
 )
+from ..harness.goodput import newest_step
 from ..harness.lock import driver_of, fence
 from ..harness.plan import Plan, Resources
 from ..harness.reasons import written
@@ -76,7 +77,7 @@ def plan_run(config: Config, resources: Resources, *, before: Plan | None = None
             found.plan,
             found.profile.counts,
             free_bytes=free_disk_bytes(str(run.path)),
-            has_checkpoint=any(run.checkpoints.glob("step_*/MANIFEST.json")),
+            has_checkpoint=newest_step(run) > 0,
         )
     return found.plan
 
