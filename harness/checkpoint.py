@@ -2,7 +2,7 @@
 
     checkpoints/step_00000120/
         MANIFEST.json               step, world size, sha256 and size of every file, sha256 of itself
-        state_00000.safetensors …   the engine's gathered state in shards of at most 2 GiB
+        state_00000.safetensors …   the engine's gathered state in shards of about half a GiB
         trainer.json                what the caller passed as `trainer`
         rng_00000.json …            random number generators, one file per rank
 
@@ -12,6 +12,7 @@ folder must be visible to all ranks.
 """
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ import random
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .engine import State, World
+from .engine import Pieces, State, World
 from .errors import ConfigError, SaveError, SupersededError, TrainingError
 from .faults import faultpoint
+from .memory import SHARD_BYTES
 
-SHARD_BYTES = 2 * 2**30
 MANIFEST = "MANIFEST.json"
 SPARE_BYTES = 2**20
 FORMAT = 2
@@ -44,7 +46,7 @@ def save(
     run_dir: str | Path,
     step: int,
     *,
-    state: State | None,
+    state: Pieces,
     trainer: dict[str, Any],
     world: World,
     barrier: Callable[[], None],
@@ -52,8 +54,9 @@ def save(
     attempt: int = 0,
     may_commit: Callable[[], bool] = lambda: True,
 ) -> Path:
-    """Writes checkpoints/step_<step> and keeps the newest `keep`. Collective; `state` is rank 0's, None elsewhere.
+    """Writes checkpoints/step_<step> and keeps the newest `keep`. Collective.
 
+    `state` is an engine's: rank 0 writes it piece by piece, and every rank takes it to its end whatever fails.
     `attempt` is the same on every rank and tells this attempt's temporary folder from a zombie's.
 
     Raises on every rank: TrainingError if a value is not finite, SaveError if a file cannot be written. Earlier
@@ -62,6 +65,7 @@ def save(
     folder = Path(run_dir) / "checkpoints"
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.{attempt}.tmp"
     problem: Exception | None = None
+    pieces = _Counted(state)
     if not may_commit():
         raise SupersededError
     try:
@@ -73,9 +77,10 @@ def save(
     barrier()
     try:
         if problem is None:
-            _write_part(temporary, state, trainer, world)
+            _write_part(temporary, pieces, trainer, world)
     except (OSError, SafetensorError, TrainingError) as error:
         problem = error
+    deque(pieces, maxlen=0)
     barrier()
     parts = [temporary / f"part_{rank:05d}.json" for rank in range(world.size)]
     missing = [rank for rank, part in enumerate(parts) if not part.exists()]
@@ -93,7 +98,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         if not may_commit():
             raise SupersededError
-        raise _explain(problem, folder, state, missing) from problem
+        raise _explain(problem, folder, pieces.num_bytes, missing) from problem
     return final
 
 
@@ -193,20 +198,12 @@ def _decode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _write_part(temporary: Path, state: State | None, trainer: dict[str, Any], world: World) -> None:
+def _write_part(temporary: Path, state: Pieces, trainer: dict[str, Any], world: World) -> None:
     """This rank's files, on disk before their hashes are; the part file appears last."""
     names = [f"rng_{world.rank:05d}.json"]
     _write_json(temporary / names[0], rng_state())
     if world.rank == 0:
-        assert state is not None
-        _check_finite(state)
-        needed, free = _bytes(state) + SPARE_BYTES, shutil.disk_usage(temporary).free
-        if free < needed:
-            raise OSError(f"{needed} bytes are needed and {free} are free")
-        for i, shard in enumerate(_shards(state)):
-            names.append(f"state_{i:05d}.safetensors")
-            save_file(shard, temporary / names[-1])
-            faultpoint("save.after_shard")
+        names += _write_state(temporary, state)
         names.append("trainer.json")
         _write_json(temporary / names[-1], trainer)
     faultpoint("save.before_fsync")
@@ -218,6 +215,20 @@ def _write_part(temporary: Path, state: State | None, trainer: dict[str, Any], w
     _write_json(part.with_suffix(".new"), files)
     part.with_suffix(".new").rename(part)
     faultpoint("save.after_part")
+
+
+def _write_state(temporary: Path, state: Pieces) -> list[str]:
+    """The names of the files."""
+    names: list[str] = []
+    for shard in shards(state):
+        needed, free = sum(tensor.nbytes for tensor in shard.values()) + SPARE_BYTES, shutil.disk_usage(temporary).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        names.append(f"state_{len(names):05d}.safetensors")
+        save_file(shard, temporary / names[-1])
+        del shard  # before the next one is made
+        faultpoint("save.after_shard")
+    return names
 
 
 def _commit(
@@ -276,41 +287,47 @@ def _step_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def _explain(problem: Exception | None, folder: Path, state: State | None, missing: list[int]) -> TrainingError:
+def _explain(problem: Exception | None, folder: Path, num_bytes: int, missing: list[int]) -> TrainingError:
     if isinstance(problem, TrainingError):
         return problem
     if problem is None:
         return SaveError(f"the checkpoint in {folder} could not be written; failed ranks: {missing or [0]}")
-    needed = f"{_bytes(state) + SPARE_BYTES} bytes are needed, " if state is not None else ""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     return SaveError(
-        f"cannot write a checkpoint to {folder}: {problem} ({needed}{free} bytes are free there); "
-        "earlier checkpoints are untouched"
+        f"cannot write a checkpoint to {folder}: {problem} ({num_bytes + SPARE_BYTES} bytes are needed, {free} bytes "
+        "are free there); earlier checkpoints are untouched"
     )
 
 
-def _shards(state: State) -> list[State]:
-    """The state cut into files of at most SHARD_BYTES (a larger tensor has a file of its own)."""
-    shards: list[State] = [{}]
+class _Counted(Pieces):
+    """A state with the bytes of what was taken of it."""
+
+    def __init__(self, state: Pieces) -> None:
+        self.state, self.num_bytes = iter(state), 0
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        name, tensor = next(self.state)
+        self.num_bytes += tensor.nbytes
+        return name, tensor
+
+
+def shards(state: Pieces) -> Iterator[State]:
+    """The state in files of at most SHARD_BYTES (a larger tensor has one of its own), each as soon as it is full.
+
+    Raises TrainingError for a value that is not finite.
+    """
+    shard: State = {}
     size = 0
-    for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _check_finite(state: State) -> None:
-    for name, tensor in state.items():
+    for name, tensor in state:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise TrainingError(f"{name} has non-finite values; the checkpoint is not written")
-
-
-def _bytes(state: State) -> int:
-    return sum(tensor.nbytes for tensor in state.values())
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
 
 
 def _manifest_bytes(manifest: dict[str, Any]) -> bytes:

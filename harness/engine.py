@@ -10,6 +10,7 @@ The resume state is one flat dict, the same for every engine and world size (P =
     buffer/B           persistent buffers (running statistics of BatchNorm)
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from .optimizers import make_optimizer
 from .plan import Plan
 
 State = dict[str, torch.Tensor]
+Pieces = Iterator[tuple[str, torch.Tensor]]
+"""A state, one named tensor at a time."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -60,8 +63,11 @@ class Engine(Protocol):
     def trained_state(self) -> State | None:
         """Trained parameters as the forward pass sees them, and persistent buffers, on the CPU of rank 0; else None."""
 
-    def state(self) -> State | None:
-        """All that is needed to resume, on the CPU of rank 0; None elsewhere."""
+    def state(self) -> Pieces:
+        """All that is needed to resume, contiguous on the CPU of rank 0; nothing elsewhere. All ranks go to its end.
+
+        Tensors may be those of the engine itself: they are right until its next step.
+        """
 
     def load_state(self, state: State) -> None:
         """Restores `state()`, saved by any engine at any world size; every rank passes all of it.
@@ -74,6 +80,9 @@ class Engine(Protocol):
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks of a 1-d float64 CPU tensor."""
+
+    def release(self) -> None:
+        """Lets go of weights, gradients and optimizer state; only `barrier` and `close` may follow."""
 
     def close(self) -> None:
         """Releases what can be released; the engine is of no use afterwards."""
@@ -113,8 +122,9 @@ class TorchEngine:
     def trained_state(self) -> State:
         return self.masters.trained_state() | persistent_buffers(self.model)
 
-    def state(self) -> State:
-        return self.masters.state() | {f"buffer/{name}": b for name, b in persistent_buffers(self.model).items()}
+    def state(self) -> Pieces:
+        yield from self.masters.state()
+        yield from buffer_pieces(self.model)
 
     def load_state(self, state: State) -> None:
         check_names(state, self.model)
@@ -126,6 +136,10 @@ class TorchEngine:
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
+
+    def release(self) -> None:
+        self.masters.release()
+        let_go(self.model.parameters())
 
     def close(self) -> None:
         self.masters.drop_gradients()
@@ -189,16 +203,22 @@ class Masters:
         for name, param in self.live.items():
             param.grad = self.masters[name].grad = None
 
+    def release(self) -> None:
+        self.drop_gradients()
+        self.optimizer.state.clear()
+        let_go(self.masters.values())
+
     def trained_state(self) -> State:
         return {name: to_cpu(param) for name, param in self.live.items()}
 
-    def state(self) -> State:
-        state = {f"param/{name}": to_cpu(master) for name, master in self.masters.items()}
+    def state(self) -> Pieces:
         for name, master in self.masters.items():
+            yield f"param/{name}", on_cpu(master)
             for key, value in self.optimizer.state.get(master, {}).items():
                 if value is not None:
-                    state[f"optim/{key}/{name}"] = to_cpu(torch.as_tensor(value))
-        return state
+                    value = torch.as_tensor(value)
+                    # Tables and counts are copied: parameters may share one, which files do not.
+                    yield f"optim/{key}/{name}", (on_cpu if value.shape == master.shape else to_cpu)(value)
 
     def load_state(self, state: State) -> None:
         self.optimizer.state.clear()
@@ -228,6 +248,12 @@ def persistent_buffers(model: torch.nn.Module) -> State:
     return {name: to_cpu(buffer) for name, buffer in live_buffers(model).items()}
 
 
+def buffer_pieces(model: torch.nn.Module) -> Pieces:
+    """Buffers that belong to the saved model, as parts of the resume state."""
+    for name, buffer in live_buffers(model).items():
+        yield f"buffer/{name}", on_cpu(buffer)
+
+
 def live_buffers(model: torch.nn.Module) -> State:
     """Buffers that belong to the saved model, by name."""
     return {
@@ -242,6 +268,12 @@ def load_buffers(model: torch.nn.Module, state: State) -> None:
     """Copies `buffer/` entries of a resume state into the model."""
     for name, buffer in live_buffers(model).items():
         buffer.copy_(state[f"buffer/{name}"])
+
+
+def let_go(tensors: Iterable[torch.Tensor]) -> None:
+    """Frees the memory of the tensors, whoever still holds them."""
+    for tensor in tensors:
+        tensor.data = tensor.data.new_empty(0)
 
 
 def check_names(state: State, model: torch.nn.Module) -> None:
@@ -260,6 +292,11 @@ def check_names(state: State, model: torch.nn.Module) -> None:
 def _shape(param: torch.nn.Parameter) -> tuple[int, ...]:
     """The parameter's own shape, also where ZeRO-3 has partitioned it."""
     return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is contiguous on the CPU, else a copy there."""
+    return tensor.detach().to("cpu").contiguous()
 
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:

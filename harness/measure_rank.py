@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from . import models
+from . import checkpoint, models
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .data.loader import StepBatch
 from .engine import Engine, StepResult, World, make_engine
@@ -84,8 +84,8 @@ def measured(plan: Plan, rank: int, folder: Path, *, num_steps: int, labels: lis
     micro = config.eval.micro_batch_size or plan.micro_batch_size
     evaluate(engine.module, [_micro_batch(plan, model, micro, seed=0)], task, config, reduce=engine.all_reduce_sum)
     end_phase("evaluation")
-    state = engine.state()
-    del state
+    for shard in checkpoint.shards(engine.state()):
+        del shard  # written, in a run
     end_phase("save")
     return {"phases": phases, "parts": parts, "baseline_bytes": baseline, "step_s": step_s, "losses": losses}
 

@@ -80,6 +80,10 @@ class Prediction:
         return asdict(self) | {"peak_bytes": self.peak_bytes, "needed_bytes": self.needed_bytes}
 
 
+SHARD_BYTES = 512 * 2**20
+"""Of a file of a checkpoint, unless one tensor has more; so much is gathered before it is written."""
+
+
 def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) -> Prediction:
     """The peak of the rank that has most, in steps with full-length examples.
 
@@ -196,15 +200,23 @@ def evaluation_bytes(plan: Plan, profile: Profile) -> int:
     return saved + max(highest(found.forward_working, tokens, length), head_bytes(plan, profile, found, tokens))
 
 
+def checkpoint_bytes(plan: Plan, counts: Counts) -> int:
+    """Of a checkpoint: what is trained in fp32 and the optimizer's whole state."""
+    optimizer = plan.config.optimizer
+    return FP32_BYTES * counts.trainable + OPTIMIZER_BYTES[optimizer.name](counts.trainable, optimizer)
+
+
 def save_bytes(plan: Plan, profile: Profile) -> int:
-    """fp32 copies on rank 0 of what is trained and of the optimizer's whole state; on the host of a GPU."""
-    if plan.device == "cuda" or plan.offload_optimizer == "nvme":
-        return FP32_BYTES * profile.largest_trained
-    trained, optimizer = profile.counts.trainable, plan.config.optimizer
-    whole = 2 if plan.zero_stage else 0
-    return FP32_BYTES * (trained + whole * profile.largest_trained) + OPTIMIZER_BYTES[optimizer.name](
-        trained, optimizer
-    )
+    """Copies that rank 0 makes to save: of partitioned state a file, the tensor that ends it and one of gloo's.
+
+    Nothing where one rank has all of it in memory: that is written as it is. Beside a GPU the file is on the host.
+    """
+    whole = FP32_BYTES * profile.largest_trained
+    if plan.zero_stage == 0 or (plan.world_size == 1 and plan.offload_optimizer != "nvme"):
+        return 0
+    if plan.device == "cuda":
+        return whole
+    return min(checkpoint_bytes(plan, profile.counts), SHARD_BYTES) + (2 if plan.world_size > 1 else 1) * whole
 
 
 def state_bytes(plan: Plan, counts: Counts) -> dict[str, int]:

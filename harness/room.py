@@ -2,16 +2,10 @@
 
 from .errors import InfeasibleError
 from .markup import size
-from .memory import OPTIMIZER_BYTES
-from .moments import DTYPE_BYTES, FP32_BYTES
+from .memory import checkpoint_bytes
+from .moments import DTYPE_BYTES
 from .plan import Plan
 from .profile_numbers import Counts
-
-
-def checkpoint_bytes(plan: Plan, counts: Counts) -> int:
-    """The gathered state: what is trained in fp32 and the optimizer's whole state."""
-    optimizer = plan.config.optimizer
-    return FP32_BYTES * counts.trainable + OPTIMIZER_BYTES[optimizer.name](counts.trainable, optimizer)
 
 
 def result_bytes(plan: Plan, counts: Counts) -> int:

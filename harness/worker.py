@@ -333,6 +333,11 @@ def _finish(job: Job, step: int) -> dict[str, Any]:
     if job.is_first:
         assert state is not None
         path = export.save_final(job.plan, job.engine.model, state, job.prepared.labels, may_commit=job.may_write)
+    # The proof builds the model a second time, and on the same device.
+    del state
+    job.engine.release()
+    give_back_freed_memory(job.plan.device)
+    if job.is_first:
         proof = export.prove(job.plan, path, batch, live_loss, labels=job.prepared.labels)
         job.emit({"event": "proof", "path": str(path)} | proof)
         summary = {"steps": step, "result": str(path), "proof": proof} | {k: v for k, v in final.items() if v}

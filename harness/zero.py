@@ -30,11 +30,14 @@ from .config import Config
 from .engine import (
     DTYPES,
     Masters,
+    Pieces,
     State,
     StepResult,
     World,
+    buffer_pieces,
     cast_parameters,
     check_names,
+    let_go,
     live_buffers,
     load_buffers,
     persistent_buffers,
@@ -46,7 +49,7 @@ from .optimizers import make_optimizer, parameter_groups
 from .plan import Plan
 from .zero_config import PERSISTENT_ELEMENTS, Extent, deepspeed_config, offload_config
 from .zero_gradients import clear_after_step, gradient_pieces, settle_unused
-from .zero_state import flat_masters, gather_state, is_stage_3, scatter_state
+from .zero_state import flat_masters, gather_state, is_stage_3, partitions, scatter_state
 
 NAMES = {"AsyncIOBuilder": "async_io", "CPUAdamBuilder": "cpu_adam"}
 """DeepSpeed's builders and what they build."""
@@ -186,15 +189,13 @@ class ZeroEngine:
                     state[name] = self._keep(param)
         return state | persistent_buffers(self.model) if self.world.rank == 0 else None
 
-    def state(self) -> State | None:
-        if self.masters:
-            state: State | None = self.masters.state()
-        else:
-            state = gather_state(self.deepspeed.optimizer, self.trained, keep=self._keep)
-        if self.world.rank != 0:
-            return None
-        assert state is not None
-        return state | {f"buffer/{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
+    def state(self) -> Pieces:
+        if self.masters is None:
+            yield from gather_state(self.deepspeed.optimizer, self.trained)
+        elif self.world.rank == 0:
+            yield from self.masters.state()
+        if self.world.rank == 0:
+            yield from buffer_pieces(self.model)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the CPU; in a file where memory is so short that the optimizer's state is in files."""
@@ -219,6 +220,16 @@ class ZeroEngine:
         total = values.to(self.world.device, copy=True)
         dist.all_reduce(total)
         return total.cpu()
+
+    def release(self) -> None:
+        if self.masters:
+            self.masters.release()
+        else:
+            optimizer = self.deepspeed.optimizer
+            optimizer.optimizer.state.clear()
+            let_go(partitions(optimizer))
+        weights = list(self.model.parameters())
+        let_go([*weights, *(param.ds_tensor for param in weights if hasattr(param, "ds_tensor"))])
 
     def close(self) -> None:
         self.deepspeed.destroy()

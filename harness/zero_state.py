@@ -4,7 +4,7 @@ DeepSpeed keeps, per parameter group, one flat fp32 tensor with this rank's part
 hangs on it in the same layout. A Fragment says which elements of a parameter lie where in it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .engine import State, to_cpu
+from .engine import Pieces, State, on_cpu, to_cpu
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,20 @@ def flat_masters(optimizer: Any) -> list[torch.Tensor]:
     raise AssertionError(type(optimizer))
 
 
+LIVE = ("bit16_groups_flat", "bf16_groups_flat", "fp16_partitioned_groups_flat")
+"""Attributes of DeepSpeed's optimizers with the flat tensors of live weights: stage 2, 1 with bf16, and 3."""
+
+
+def partitions(optimizer: Any) -> Iterator[torch.Tensor]:
+    """All flat tensors of an optimizer: masters, live weights, and sums of gradients."""
+    yield from flat_masters(optimizer)
+    for name in LIVE:
+        yield from (flat for flat in getattr(optimizer, name, ()) if flat is not None)
+    sums = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if sums is not None:
+        yield sums
+
+
 def find_fragment(optimizer: Any, param: torch.nn.Parameter) -> Fragment | None:
     """This rank's fragment of a trained parameter, None if all of it lies on other ranks."""
     if hasattr(param, "ds_id"):
@@ -51,41 +65,43 @@ def find_fragment(optimizer: Any, param: torch.nn.Parameter) -> Fragment | None:
     return Fragment(mapping.param_group_index, hp.start, lp.start, hp.numel)
 
 
-def gather_state(
-    optimizer: Any, trained: dict[str, torch.nn.Parameter], *, keep: Callable[[torch.Tensor], torch.Tensor] = to_cpu
-) -> State | None:
-    """Masters and optimizer state of every trained parameter in its own shape, on the CPU of rank 0; else None.
+def gather_state(optimizer: Any, trained: dict[str, torch.nn.Parameter]) -> Pieces:
+    """Masters and optimizer state of every trained parameter in its own shape, on the CPU of rank 0; nothing elsewhere.
 
-    One parameter at a time, so no rank holds more than one whole parameter beside rank 0's result, which `keep` copies
-    there. What lies in files is read piece by piece. Collective.
+    One tensor at a time, so that no rank holds more than one whole one; with one rank those are views of the
+    partitions. What lies in files is read piece by piece. Collective: every rank goes to its end.
     """
     base, groups = optimizer.optimizer.state, _groups(optimizer, trained)
-    result: State = {}
+    is_first = dist.get_rank() == 0
     for group, flat in enumerate(flat_masters(optimizer)):
         with _in_memory(optimizer, group, is_changed=False):
             state = dict(base[flat]) if flat in base else {}
+            flats = {"param": flat} | {f"optim/{key}": value for key, value in sorted(state.items())}
             for name in (name for name in trained if groups[name] == group):
-                param = trained[name]
-                fragment = find_fragment(optimizer, param)
-                _collect(result, f"param/{name}", flat, param, fragment, keep)
-                for key, value in sorted(state.items()):
+                fragment = find_fragment(optimizer, trained[name])
+                for key, value in flats.items():
                     if isinstance(value, torch.Tensor) and value.shape == flat.shape:
-                        _collect(result, f"optim/{key}/{name}", value, param, fragment, keep)
-                    elif value is not None:
+                        whole = _whole(value, trained[name], fragment, is_lasting=not _is_in_files(optimizer, group))
+                        if is_first:
+                            yield f"{key}/{name}", on_cpu(whole)
+                    elif value is not None and is_first:
                         # DeepSpeed's AdamW counts steps in a Python integer, torch in a float tensor.
-                        result[f"optim/{key}/{name}"] = to_cpu(torch.as_tensor(value, dtype=torch.float32))
-    return result if dist.get_rank() == 0 else None
+                        yield f"{key}/{name}", to_cpu(torch.as_tensor(value, dtype=torch.float32))
 
 
 @contextmanager
 def _in_memory(optimizer: Any, group: int, *, is_changed: bool) -> Iterator[None]:
     """Inside, the masters and the optimizer state of a group are in memory, also where they lie in files."""
-    if not getattr(optimizer, "swap_optimizer", False) or not optimizer._swappable_optimizer_subgroup(group):
+    if not _is_in_files(optimizer, group):
         yield
         return
     optimizer._optimizer_states_and_gradient_swap_in(group)
     yield
     optimizer._writeback_swap_state(group, is_changed, False)
+
+
+def _is_in_files(optimizer: Any, group: int) -> bool:
+    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
 
 
 def _groups(optimizer: Any, trained: dict[str, torch.nn.Parameter]) -> dict[str, int]:
@@ -97,24 +113,25 @@ def _groups(optimizer: Any, trained: dict[str, torch.nn.Parameter]) -> dict[str,
     return {name: by_id[id(param)] for name, param in trained.items()}
 
 
-def _collect(
-    result: State,
-    name: str,
-    flat: torch.Tensor,
-    param: torch.nn.Parameter,
-    fragment: Fragment | None,
-    keep: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
-    """Puts the whole tensor into `result` on rank 0. Sums bit patterns: a sum of floats would lose the sign of -0."""
+def _whole(
+    flat: torch.Tensor, param: torch.nn.Parameter, fragment: Fragment | None, *, is_lasting: bool
+) -> torch.Tensor:
+    """The whole tensor on rank 0, a view of `flat` where that has all of it and stays as it is. Collective.
+
+    Sums bit patterns: a sum of floats would lose the sign of -0.
+    """
     shape = getattr(param, "ds_shape", param.shape)
-    # Offloaded partitions are in host memory; ranks beside GPUs talk through those.
-    whole = torch.zeros(shape.numel(), dtype=torch.int32, device=param.device)
+    piece = None
     if fragment is not None:
         piece = flat.detach().narrow(0, fragment.offset, fragment.length)
+    if is_lasting and piece is not None and dist.get_world_size() == 1:
+        return piece.view(shape)
+    # Offloaded partitions are in host memory; ranks beside GPUs talk through those.
+    whole = torch.zeros(shape.numel(), dtype=torch.int32, device=param.device)
+    if fragment is not None and piece is not None:
         whole.narrow(0, fragment.start, fragment.length).copy_(piece.view(torch.int32))
     dist.reduce(whole, dst=0)
-    if dist.get_rank() == 0:
-        result[name] = keep(whole.view(torch.float32).view(shape))
+    return whole.view(torch.float32).view(shape)
 
 
 def scatter_state(

@@ -143,3 +143,8 @@ def new_engine(
 ) -> Engine:
     plan = make_plan(make_config(**changes), stage=stage, world=world, engine=engine)
     return make_engine(plan, make_model(kind), World(rank=rank, local_rank=rank, size=world, device="cpu"))
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """A copy of the resume state on rank 0; nothing on the others. Collective."""
+    return {name: tensor.clone() for name, tensor in engine.state()}

@@ -5,6 +5,7 @@ import json
 import random
 import resource
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -42,11 +43,11 @@ def make_state(step):
     }
 
 
-def save(run_dir, step, *, keep=2, state=None):
+def save(run_dir, step, *, keep=2, state=None, pieces=None):
     return checkpoint.save(
         run_dir,
         step,
-        state=make_state(step) if state is None else state,
+        state=pieces or iter((state or make_state(step)).items()),
         trainer={"step": step, "data": "abc"},
         world=ALONE,
         barrier=lambda: None,
@@ -78,6 +79,50 @@ def test_a_state_larger_than_a_shard_is_cut_and_joined_again(tmp_path, monkeypat
     path = save(tmp_path, 1)
     assert len(list(path.glob("state_*.safetensors"))) == 3
     assert_whole(path)
+
+
+class Pieces:
+    """Tensors made when they are asked for, with how many of them are alive."""
+
+    def __init__(self, count):
+        self.count, self.num_made, self.alive, self.most_alive = count, 0, weakref.WeakSet(), 0
+
+    def __iter__(self):
+        for number in range(self.count):
+            tensor = torch.full((250,), float(number))
+            self.alive.add(tensor)
+            self.num_made += 1
+            self.most_alive = max(self.most_alive, len(self.alive))
+            yield f"param/{number}", tensor
+            del tensor
+
+
+def test_no_more_is_in_memory_than_one_file_and_the_piece_that_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5000)
+    pieces = Pieces(23)
+    path = save(tmp_path, 1, pieces=iter(pieces))
+    assert pieces.most_alive == 5 + 1
+    assert len(list(path.glob("state_*.safetensors"))) == 5
+    state = checkpoint.load(path, 0)[0]
+    assert all(torch.equal(state[f"param/{number}"], torch.full((250,), float(number))) for number in range(23))
+
+
+@pytest.mark.parametrize("point", ["save.after_shard", "save.before_fsync", None])
+def test_a_save_that_fails_takes_the_state_to_its_end_and_knows_its_bytes(tmp_path, monkeypatch, point):
+    """Making the pieces is collective: the other ranks would wait for ever."""
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5000)
+    pieces = Pieces(23)
+    if point:
+        faults.arm(point, full)
+    else:
+        (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(TrainingError, match=f"{23 * 1000 + checkpoint.SPARE_BYTES} bytes are needed"):
+        save(tmp_path, 1, pieces=iter(pieces))
+    assert pieces.num_made == 23
 
 
 def test_training_on_from_the_previous_checkpoint_moves_the_broken_one_aside(tmp_path):
@@ -145,7 +190,7 @@ def on_threads(run_dir, count, action=None):
             results[rank] = checkpoint.save(
                 run_dir,
                 1,
-                state=make_state(1) if rank == 0 else None,
+                state=make_state(1).items() if rank == 0 else (),
                 trainer={"step": 1},
                 world=World(rank=rank, local_rank=rank, size=count, device="cpu"),
                 barrier=lambda: meeting.wait(timeout=20) and None,

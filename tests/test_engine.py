@@ -7,7 +7,7 @@ import torch
 from burnish.harness import checkpoint
 from burnish.harness.engine import World
 from burnish.harness.errors import ConfigError
-from engine_cases import GLOBAL_MICRO_BATCHES, LR, loss_sum, make_model, micro_batch, new_engine, train_step
+from engine_cases import GLOBAL_MICRO_BATCHES, LR, loss_sum, make_model, micro_batch, new_engine, state_of, train_step
 
 
 def steps(engine, first, last):
@@ -41,7 +41,7 @@ def test_bf16_training_keeps_fp32_masters_gradients_and_buffers():
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
     assert {p.grad.dtype for p in engine.model.parameters()} == {torch.float32}
     engine.step(1e-6)
-    masters = {name: value for name, value in engine.state().items() if name.startswith("param/")}
+    masters = {name: value for name, value in state_of(engine).items() if name.startswith("param/")}
     assert {value.dtype for value in masters.values()} == {torch.float32}
     live = engine.trained_state()
     assert all(torch.equal(live[name.removeprefix("param/")], value.bfloat16()) for name, value in masters.items())
@@ -79,43 +79,43 @@ def test_resumed_equals_uninterrupted_bit_for_bit_with_dropout(tmp_path, optimiz
     )
     second = new_engine(kind, **changes)
     second.load_state(checkpoint.load(path, 0)[0])
-    assert equal(second.state(), first.state())
+    assert equal(state_of(second), state_of(first))
     assert steps(second, stop, 8) == expected[stop:]
-    assert equal(second.state(), whole.state())
+    assert equal(state_of(second), state_of(whole))
 
 
 def test_a_state_from_before_the_first_step_can_be_loaded():
     first, second = new_engine("full"), new_engine("full")
     steps(second, 0, 2)
-    second.load_state(first.state())
+    second.load_state(state_of(first))
     assert steps(second, 0, 3) == steps(first, 0, 3)
 
 
 def test_running_statistics_are_saved_and_restored():
     first, second = new_engine("buffers"), new_engine("buffers")
     steps(first, 0, 3)
-    assert first.state()["buffer/norm.num_batches_tracked"] == 3 * GLOBAL_MICRO_BATCHES
+    assert state_of(first)["buffer/norm.num_batches_tracked"] == 3 * GLOBAL_MICRO_BATCHES
     assert "norm.running_mean" in first.trained_state()
-    second.load_state(first.state())
-    assert equal(first.state(), second.state())
+    second.load_state(state_of(first))
+    assert equal(state_of(first), state_of(second))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_non_finite_gradient_skips_the_step_and_changes_nothing(dtype):
     engine = new_engine("full", model__dtype=dtype)
     steps(engine, 0, 1)
-    before = engine.state()
+    before = state_of(engine)
     loss, norm, skipped = train_step(engine, 1, 0, 1, poison=True)
     assert skipped
     assert norm != norm
     assert loss != loss
-    assert equal(engine.state(), before)
+    assert equal(state_of(engine), before)
     assert not train_step(engine, 1, 0, 1)[2]
 
 
 def test_a_state_of_another_model_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"another model: .* the first is"):
-        new_engine("full").load_state(new_engine("lora").state())
+        new_engine("full").load_state(state_of(new_engine("lora")))
 
 
 def test_a_gradient_that_is_not_contiguous_is_applied_in_the_right_order():
@@ -127,3 +127,13 @@ def test_a_gradient_that_is_not_contiguous_is_applied_in_the_right_order():
     engine.backward((weight.t() * scale).sum(), is_last=True)
     engine.step(0.1)
     assert torch.allclose(weight, before - 0.1 * scale.t().sign(), atol=1e-4)
+
+
+def test_a_released_engine_holds_no_bytes():
+    engine = new_engine("full", model__dtype="bf16")
+    steps(engine, 0, 2)
+    masters = list(engine.masters.masters.values())
+    engine.release()
+    assert sum(tensor.untyped_storage().nbytes() for tensor in [*engine.model.parameters(), *masters]) == 0
+    assert not engine.masters.optimizer.state
+    engine.close()

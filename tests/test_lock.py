@@ -154,7 +154,7 @@ def test_an_attempt_that_loses_the_fence_during_a_save_commits_nothing(tmp_path,
         checkpoint.save(
             tmp_path,
             step,
-            state={"param/weight": torch.ones(4)},
+            state=iter([("param/weight", torch.ones(4))]),
             trainer={"step": step},
             world=World(rank=0, local_rank=0, size=1, device="cpu"),
             barrier=lambda: None,

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 from burnish.harness.config import Config
-from burnish.harness.memory import Counts, Overhead, divided, predict, quantized_bytes, state_bytes
+from burnish.harness.memory import (
+    SHARD_BYTES,
+    Counts,
+    Overhead,
+    divided,
+    predict,
+    quantized_bytes,
+    save_bytes,
+    state_bytes,
+)
 from burnish.harness.moments import moments_of_step, size_of
 from burnish.harness.plan import Plan, Resources, make_plan
 from burnish.harness.profile_numbers import Activations, HeadLine, Line, Profile
@@ -192,6 +201,19 @@ def test_stage_3_gathers_what_it_may_keep() -> None:
     plan = replace(make_plan_for(world_size=2, zero_stage=3), device="cuda")
     assert moments_of_step(plan, large)["forward"]["gather_buffers"] == 2 * (10**7 + 150_000_000)
     assert moments_of_step(plan, PROFILE)["forward"]["gather_buffers"] == 2000
+
+
+def test_what_a_save_copies_is_a_file_of_partitioned_state_at_a_time() -> None:
+    """12 bytes for each of 1000 weights, and a tensor of 100: gathered, and in a buffer of gloo's."""
+    found = replace(PROFILE, largest_trained=100)
+    plan = make_plan_for(world_size=2, zero_stage=2)
+    assert save_bytes(plan, found) == 12 * 1000 + 2 * 400
+    assert save_bytes(plan, replace(found, counts=Counts(10**9, 10**9))) == SHARD_BYTES + 2 * 400
+    assert save_bytes(replace(plan, device="cuda"), found) == 400
+    assert save_bytes(replace(plan, zero_stage=0), found) == 0
+    alone = replace(plan, world_size=1)
+    assert save_bytes(alone, found) == 0
+    assert save_bytes(replace(alone, zero_stage=3, offload_optimizer="nvme"), found) == 12 * 1000 + 400
 
 
 def test_a_profile_survives_json() -> None:

@@ -21,8 +21,9 @@ EVERY_STEPS = 20
 HEAD = "host0"
 
 
-def changes(num_steps):
+def changes(num_steps, learning_rate=1e-2):
     return {
+        "optimizer": {"name": "adamw", "learning_rate": learning_rate},
         "adapter": {"method": "lora", "rank": 4, "alpha": 8, "dropout": 0.1},
         "train": {"max_steps": num_steps, "global_batch_size": 8, "micro_batch_size": 2, "num_threads": 1},
         "checkpoint": {"every_steps": EVERY_STEPS},
@@ -42,10 +43,10 @@ def undisturbed(tmp_path_factory):
 class Started:
     """`burnish train` on the head, once a step is in the metrics file."""
 
-    def __init__(self, hosts, num_steps, num_workers, *, step=30):
+    def __init__(self, hosts, num_workers, settings, *, step=30):
         self.hosts = hosts
         launch = {"type": "ray", "num_workers": num_workers, "address": f"{ADDRESS.format(1)}:{PORT}"}
-        self.config = tiny.write_config(hosts.folder, name="run", launch=launch, **changes(num_steps))
+        self.config = tiny.write_config(hosts.folder, name="run", launch=launch, **settings)
         self.run, self.log = RunDir(hosts.folder / "runs" / "run"), hosts.folder / "train.log"
         with self.log.open("w") as log:
             command = [BIN / "python", "-m", "burnish.launch.cli", "train", self.config]
@@ -80,7 +81,7 @@ class Started:
 @pytest.mark.parametrize("way", ["node", "link"])
 def test_a_run_that_loses_a_host_goes_on_with_another_as_if_nothing_had_been(tmp_path, undisturbed, way):
     with Hosts(tmp_path / "hosts", num_hosts=3, num_cpus=1, **HEALTH) as hosts:
-        started = Started(hosts, 400, 2)
+        started = Started(hosts, 2, changes(400))
         victim = started.worker_host()
         struck = time.time()
         if way == "link":
@@ -110,7 +111,7 @@ def test_a_run_that_loses_a_host_goes_on_with_another_as_if_nothing_had_been(tmp
 
 def test_a_link_that_is_cut_for_five_seconds_costs_five_seconds(tmp_path, undisturbed):
     with Hosts(tmp_path / "hosts", num_hosts=2, num_cpus=1, **HEALTH) as hosts:
-        started = Started(hosts, 400, 2)
+        started = Started(hosts, 2, changes(400))
         hosts.link("host1", "down")
         time.sleep(5)
         hosts.link("host1", "up")
@@ -121,13 +122,14 @@ def test_a_link_that_is_cut_for_five_seconds_costs_five_seconds(tmp_path, undist
 
 
 def test_an_elastic_run_shrinks_with_the_cluster_and_grows_with_it(tmp_path):
-    num_steps = 4000
+    # Steps for two minutes, so small that the order of a sum does not grow into other losses.
+    settings = changes(2000, learning_rate=1e-4)
     with RankPool(1, tmp_path) as pool:
-        job = make_job(tmp_path, world=1, name="fixed", **changes(num_steps))
+        job = make_job(tmp_path, world=1, name="fixed", **settings)
         assert pool.run(job) is None
     fixed = RunDir(job.plan["run_dir"])
     with Hosts(tmp_path / "hosts", num_hosts=2, num_cpus=1, **HEALTH) as hosts:
-        started = Started(hosts, num_steps, [1, 2])
+        started = Started(hosts, [1, 2], settings)
         hosts.kill("host1", signal.SIGKILL)
         started.wait_for(lambda: started.restarts(), "fewer workers")
         lost = started.restarts()[0]["time"]

@@ -14,7 +14,7 @@ from burnish.harness import checkpoint, offload
 from burnish.harness.errors import ConfigError
 from burnish.harness.zero_config import BUCKET_ELEMENTS, Extent, deepspeed_config, offload_config
 from distributed import on_ranks
-from engine_cases import make_config, make_plan, new_engine, train_step
+from engine_cases import make_config, make_plan, new_engine, state_of, train_step
 
 STEPS, SAVED_STEP = 10, 4
 IN_MEMORY = ((1, "cpu", "none"), (2, "cpu", "none"), (3, "cpu", "none"), (3, "none", "cpu"), (3, "cpu", "cpu"))
@@ -82,9 +82,9 @@ def _poisoned(rank, world, place, folder):
     """(skipped, state is unchanged, the next step is skipped) with a NaN in the loss of one rank."""
     engine = engine_of("full", "bf16", place, folder, rank=rank, world=world)
     train(engine, rank, world, 0, 1)
-    before = engine.state()
+    before = state_of(engine)
     _, _, skipped = train_step(engine, 1, rank, world, poison=True)
-    after = engine.state()
+    after = state_of(engine)
     is_same = rank > 0 or _is_equal(before, after)
     result = skipped, is_same, train_step(engine, 1, rank, world)[2]
     engine.close()
@@ -99,13 +99,13 @@ def _resumed(rank, world, source, target, folder):
     """Steps of a run saved in one place and continued in another; and whether the state came through unchanged."""
     first = engine_of("wide", "fp32", source, folder, rank=rank, world=world)
     found = train(first, rank, world, 0, SAVED_STEP)
-    saved, run_dir = first.state(), folder / f"{source}-{target}"
-    options = {"state": saved, "trainer": {}, "world": first.world, "barrier": first.barrier, "keep": 1}
+    saved, run_dir = state_of(first), folder / f"{source}-{target}"
+    options = {"state": saved.items(), "trainer": {}, "world": first.world, "barrier": first.barrier, "keep": 1}
     checkpoint.save(run_dir, SAVED_STEP, **options)
     first.close()
     second = engine_of("wide", "fp32", target, folder, rank=rank, world=world)
     second.load_state(checkpoint.load(checkpoint.newest(run_dir)[0], rank)[0])
-    again = second.state()
+    again = state_of(second)
     found += train(second, rank, world, SAVED_STEP, STEPS)
     second.close()
     return found, rank > 0 or _is_equal(saved, again)

@@ -2,7 +2,7 @@
 
 import pytest
 import tiny
-from burnish.harness import room
+from burnish.harness import memory, room
 from burnish.harness.config_io import load_config
 from burnish.harness.errors import InfeasibleError
 from burnish.harness.plan import Resources, make_plan
@@ -21,11 +21,11 @@ def plan_of(folder, **changes):
 def test_bytes_by_hand(tmp_path):
     """fp32 weights and two moments are 12 bytes each; the result is in the model's dtype, fp32 here."""
     lora = plan_of(tmp_path, adapter={"method": "lora", "rank": 4, "alpha": 8}, optimizer={"name": "adamw"})
-    assert room.checkpoint_bytes(lora, COUNTS) == 12 * 100_000
+    assert memory.checkpoint_bytes(lora, COUNTS) == 12 * 100_000
     assert room.result_bytes(lora, COUNTS) == 4 * 100_000
     full = plan_of(tmp_path, adapter={"method": "full"}, optimizer={"name": "sgd", "learning_rate": 0.1, "momentum": 0})
     counts = Counts(total=1_000_000, trainable=1_000_000)
-    assert room.checkpoint_bytes(full, counts) == room.result_bytes(full, counts) == 4_000_000
+    assert memory.checkpoint_bytes(full, counts) == room.result_bytes(full, counts) == 4_000_000
 
 
 @pytest.mark.parametrize(

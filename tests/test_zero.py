@@ -9,7 +9,7 @@ import pytest
 import torch
 from burnish.harness import checkpoint
 from distributed import on_ranks
-from engine_cases import new_engine, train_step
+from engine_cases import new_engine, state_of, train_step
 
 STEPS = 10
 STAGES = (0, 1, 2, 3)
@@ -46,24 +46,24 @@ def _whole_and_resumed(rank, world, stage, kind, dtype, folder):
     whole = _engine(rank, world, stage, kind, dtype)
     run_dir = folder / f"{stage}-{kind}-{dtype}"
     found = train(whole, rank, world, 0, 4)
-    saved = whole.state()
+    saved = state_of(whole)
     checkpoint.save(
         run_dir,
         4,
-        state=saved,
+        state=saved.items(),
         trainer={},
         world=whole.world,
         barrier=whole.barrier,
         keep=1,
     )
     found += train(whole, rank, world, 4, STEPS)
-    final, live = whole.state(), whole.trained_state()
+    final, live = state_of(whole), whole.trained_state()
     whole.close()
     resumed = _engine(rank, world, stage, kind, dtype)
     resumed.load_state(checkpoint.load(checkpoint.newest(run_dir)[0], rank)[0])
-    again = resumed.state()
+    again = state_of(resumed)
     rest = train(resumed, rank, world, 4, STEPS)
-    last = resumed.state()
+    last = state_of(resumed)
     resumed.close()
     return {
         "steps": found,
@@ -84,9 +84,9 @@ def _poisoned(rank, world, stage, dtype):
     """(skipped, unchanged, next step skipped) with a NaN in the loss of one rank."""
     engine = _engine(rank, world, stage, "full", dtype)
     train(engine, rank, world, 0, 1)
-    before = engine.state()
+    before = state_of(engine)
     _, _, skipped = train_step(engine, 1, rank, world, poison=True)
-    after = engine.state()
+    after = state_of(engine)
     is_same = rank > 0 or _is_equal(before, after)
     result = skipped, is_same, train_step(engine, 1, rank, world)[2]
     engine.close()
@@ -208,10 +208,18 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
+from burnish.harness.zero_state import flat_masters
 from engine_cases import new_engine, train_step
 for stage in (2, 3):
     engine = new_engine("full", engine="deepspeed", stage=stage)
     found = [train_step(engine, step, 0, 1) for step in range(3)]
+    flats = [range(flat.data_ptr(), flat.data_ptr() + flat.nbytes) for flat in flat_masters(engine.deepspeed.optimizer)]
+    masters = [tensor.data_ptr() for name, tensor in engine.state() if name.startswith("param/")]
+    assert all(any(master in flat for flat in flats) for master in masters), "copied, where one rank has all of it"
+    weights = list(engine.model.parameters())
+    engine.release()
+    held = [*weights, *flat_masters(engine.deepspeed.optimizer), *(getattr(w, "ds_tensor", w) for w in weights)]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
     engine.close()
     assert not torch.distributed.is_initialized()
     expected_engine = new_engine("full")
