@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from .config import Quantization
-from .moments import DTYPE_BYTES, FP32_BYTES, gathered_bytes, head_bytes, highest, moments_of_step, size_of
+from .moments import DTYPE_BYTES, FP32_BYTES, head_bytes, highest, moments_of_step, size_of
 from .plan import Plan
 from .profile_numbers import Counts, Profile
 from .zero_config import MIN_PARAMETER_BUFFERS, OPTIMIZER_BUFFERS, SUB_GROUP_ELEMENTS
@@ -100,7 +100,7 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
     step = sum(device.values())
     stays = plan.zero_stage in (1, 3) and plan.offload_optimizer != "nvme"
     kept = moments["optimizer"]["gradients"] if stays else 0
-    at_rest = step - come_and_go - device["allocator"] + kept + gathered_bytes(plan, profile)
+    at_rest = step - come_and_go - device["allocator"] + kept + moments["forward"]["gather_buffers"]
     is_kept = plan.device == "cpu"
     phases = {
         # Half of what a process adds comes with its first step: kernels are prepared then.

@@ -7,8 +7,8 @@ the engine: torch's own accumulation, or DeepSpeed's buckets and partitions (dee
 from dataclasses import dataclass
 
 from .plan import Plan
-from .profile_numbers import Activations, Profile
-from .zero_config import BUCKET_ELEMENTS, LIVE_ELEMENTS, bucket_elements
+from .profile_numbers import Activations, Counts, Profile
+from .zero_config import BUCKET_ELEMENTS, bucket_elements
 
 FP32_BYTES = 4
 DTYPE_BYTES = {"fp32": FP32_BYTES, "bf16": 2}
@@ -16,8 +16,9 @@ ROUND_PACKED = 128
 """A packed row is filled up to a multiple of this."""
 FLATTENED_ELEMENTS = 500_000_000
 """Stage 0 and 1: gradients that DeepSpeed copies into one tensor to reduce them."""
-GATHER_COPIES = {"cpu": 2.0, "cuda": 1.0}
-"""Device -> bytes that a gathered byte takes: as measured with SmolLM2-135M on one and two ranks, LoRA and whole."""
+GATHER_COPIES = {"cpu": 2.1, "cuda": 1.5}
+"""Device -> bytes that a byte takes of what is gathered ahead: in one tensor with others until all of them were used,
+in its own then, and in gloo's buffer under way. On a CPU as measured with Llamas of 0.1B to 0.6B on two ranks."""
 GATHER_HOLES = 0.4
 """The same beside them on the C library's heap, between gathered parameters that come and go."""
 QUANTIZED_BYTES = {"nf4": 0.5, "int8": 1.0}
@@ -42,10 +43,18 @@ class Gradients:
     """Per trained weight, from before the forward pass to the optimizer's step."""
     made: float
     """Per trained weight of what backward has come through."""
-    buckets: int
-    """During backward."""
-    at_end: int
+    bucket: int = 0
+    """During backward, from its first gradient on."""
+    kept_bucket: int = 0
+    """One that is never freed."""
+    in_flight: int = 0
+    """During backward, while a full bucket is reduced."""
+    at_end: int = 0
     """When backward has ended: copies on their way to other ranks."""
+
+    @property
+    def buckets(self) -> int:
+        return self.kept_bucket + self.bucket
 
 
 def size_of(plan: Plan, profile: Profile, *, num_examples: int | None = None) -> tuple[int, int]:
@@ -77,18 +86,30 @@ def moments_of_step(plan: Plan, profile: Profile) -> dict[str, Moment]:
     backward = highest(policy.backward_working, tokens, length)
     logits = head_bytes(plan, profile, policy, tokens)
     embedding = highest(policy.embedding_working, tokens, length)
-    gathered = {"gather_buffers": gathered_bytes(plan, profile)}
-    moving = gathered | {"reduce_buckets": gradients.buckets}
-    ended = gradients.buckets + gradients.at_end
-    return {
-        "forward": {"gradients": kept, "activations": saved, "working": forward} | gathered,
-        "head": {"gradients": after_head, "activations": saved, "logits_loss": logits} | gathered,
-        "last layer": {"gradients": after_head + in_layer, "activations": saved, "working": backward} | moving,
-        "first layer": {"gradients": all_made, "activations": outside + layer, "working": backward} | moving,
-        "embedding": {"gradients": all_made, "working": embedding} | moving,
+    ahead, once, at_head, last = gathered(plan, profile)
+    always, moving = {"reduce_buckets": gradients.kept_bucket}, {"reduce_buckets": gradients.buckets}
+    reducing = {"reduce_buckets": gradients.buckets + gradients.in_flight}
+    left = outside + round((saved - outside) * (1 - reduced_share(plan, profile)))
+    ended = reducing["reduce_buckets"] + gradients.at_end
+    found = {
+        "forward": {"gradients": kept, "activations": saved, "working": forward} | ahead | always,
+        "head": {"gradients": after_head, "activations": saved, "logits_loss": logits} | at_head | always,
+        "last layer": {"gradients": after_head + in_layer, "activations": saved, "working": backward} | ahead | moving,
+        "first layer": {"gradients": all_made, "activations": outside + layer, "working": backward} | last | reducing,
+        "embedding": {"gradients": all_made, "working": embedding} | last | reducing,
         "reduction": {"gradients": all_made, "reduce_buckets": ended},
-        "optimizer": {"gradients": all_made, "working": optimizer_working(plan, profile)},
+        "optimizer": {"gradients": all_made, "working": optimizer_working(plan, profile)} | always,
     }
+    if gradients.in_flight:
+        found["first bucket"] = {"gradients": all_made, "activations": left, "working": backward} | once | reducing
+    return found
+
+
+def reduced_share(plan: Plan, profile: Profile) -> float:
+    """Of the layers, that backward has come through when the first bucket is full."""
+    in_layers = profile.num_layers * profile.layer.trainable
+    of_layers = max(0, bucket_elements(plan, profile.counts.trainable) - profile.head.trainable)
+    return min(1.0, of_layers / in_layers) if in_layers else 0.0
 
 
 def highest(lines: tuple, tokens: int, length: int) -> int:
@@ -107,7 +128,12 @@ def chunk_rows(num_tokens: int, limit: int) -> int:
 
 
 def optimizer_working(plan: Plan, profile: Profile) -> int:
-    return OPTIMIZER_COPIES[plan.config.optimizer.name][plan.device] * FP32_BYTES * profile.largest_trained
+    """DeepSpeed's stage 3 joins this rank's gradients in a tensor of their own before the update."""
+    if plan.zero_stage == 3 and plan.offload_optimizer == "none":
+        joined = FP32_BYTES * profile.counts.trainable // plan.world_size
+    else:
+        joined = 0
+    return joined + OPTIMIZER_COPIES[plan.config.optimizer.name][plan.device] * FP32_BYTES * profile.largest_trained
 
 
 def gradients_of(plan: Plan, profile: Profile) -> Gradients:
@@ -119,7 +145,7 @@ def _accumulated_by_torch(plan: Plan, profile: Profile) -> Gradients:
     """fp32, added up over micro-batches; with more than one rank DeepSpeed copies them into one tensor to reduce."""
     is_added = plan.gradient_accumulation_steps > 1
     flattened = min(profile.counts.trainable, FLATTENED_ELEMENTS) if plan.engine == "deepspeed" else 0
-    return Gradients(kept=4 if is_added else 0, made=0 if is_added else 4, buckets=0, at_end=FP32_BYTES * flattened)
+    return Gradients(kept=4 if is_added else 0, made=0 if is_added else 4, at_end=FP32_BYTES * flattened)
 
 
 def _in_whole_on_every_rank(plan: Plan, profile: Profile) -> Gradients:
@@ -127,10 +153,10 @@ def _in_whole_on_every_rank(plan: Plan, profile: Profile) -> Gradients:
     trained = profile.counts.trainable
     flattened = FP32_BYTES * min(trained, FLATTENED_ELEMENTS)
     if plan.config.model.dtype == "bf16":
-        return Gradients(kept=FP32_BYTES + 2, made=0, buckets=0, at_end=flattened)
+        return Gradients(kept=FP32_BYTES + 2, made=0, at_end=flattened)
     is_added = plan.gradient_accumulation_steps > 1
     bucket = FP32_BYTES * bucket_elements(plan, trained)
-    return Gradients(kept=4 if is_added else 0, made=0 if is_added else 4, buckets=0, at_end=bucket + 4 * trained)
+    return Gradients(kept=4 if is_added else 0, made=0 if is_added else 4, at_end=bucket + 4 * trained)
 
 
 def _partitioned(plan: Plan, profile: Profile) -> Gradients:
@@ -143,15 +169,15 @@ def _partitioned(plan: Plan, profile: Profile) -> Gradients:
     # The pieces of one owner are joined, cast to fp32, and reduced in a buffer of gloo's own.
     reduced = (dtype_bytes + FP32_BYTES + gloo_bytes(plan)) * bucket
     if is_filled_early:
-        return Gradients(kept=share, made=0, buckets=num_buckets * dtype_bytes * bucket + reduced, at_end=0)
-    return Gradients(kept=0, made=dtype_bytes, buckets=0, at_end=reduced + round(share * trained))
+        return Gradients(kept=share, made=0, bucket=num_buckets * dtype_bytes * bucket, in_flight=reduced)
+    return Gradients(kept=0, made=dtype_bytes, at_end=reduced + round(share * trained))
 
 
 def _all_partitioned(plan: Plan, profile: Profile) -> Gradients:
     """Stage 3: the same, with an fp32 bucket and an fp32 part of the sum that are never freed."""
     bucket = bucket_elements(plan, profile.counts.trainable)
-    in_flight = (2 * FP32_BYTES + gloo_bytes(plan)) * bucket
-    return Gradients(kept=FP32_BYTES / plan.world_size, made=0, buckets=in_flight, at_end=0)
+    in_flight = (FP32_BYTES + gloo_bytes(plan)) * bucket
+    return Gradients(kept=FP32_BYTES / plan.world_size, made=0, kept_bucket=FP32_BYTES * bucket, in_flight=in_flight)
 
 
 def gloo_bytes(plan: Plan) -> int:
@@ -159,17 +185,32 @@ def gloo_bytes(plan: Plan) -> int:
     return FP32_BYTES if plan.device == "cpu" and plan.world_size > 1 else 0
 
 
-def gathered_bytes(plan: Plan, profile: Profile) -> int:
-    """Stage 3: the layer at work, what is kept for its next use, and what is gathered ahead and then copied out."""
+def gathered(plan: Plan, profile: Profile) -> list[Moment]:
+    """Stage 3: while more is gathered ahead, with none of it under way, at the head, and when the layers are done.
+
+    Ahead is one bucket in use and the next one. At the head there is what backward is about to use again.
+    """
     if plan.zero_stage != 3:
-        return 0
+        return [{"gather_buffers": 0}] * 4
+    layer, embedding, head = (elements(plan, one) for one in (profile.layer, profile.embedding, profile.head))
+    most, total = max(layer, embedding), elements(plan, profile.counts)
+    ahead = min(total, most + (0 if plan.offload_param == "nvme" else 2 * BUCKET_ELEMENTS))
+    at_head = min(total, max(most, head) + (0 if plan.offload_param != "none" else BUCKET_ELEMENTS))
+    holes = GATHER_HOLES if plan.device == "cpu" and profile.is_on_heap else 0
+    counts = (GATHER_COPIES[plan.device] + holes) * ahead + layer, (1 + holes) * ahead, at_head, most
+    return [{"gather_buffers": round(gathered_bytes(plan, profile) * count / total)} for count in counts]
+
+
+def elements(plan: Plan, counts: Counts) -> float:
+    """As tensors have them: of a quantised weight a part of a byte."""
+    return counts.total - counts.quantized + QUANTIZED_BYTES.get(plan.config.quantization.type, 0) * counts.quantized
+
+
+def gathered_bytes(plan: Plan, profile: Profile) -> float:
+    """Of all parameters, each once."""
     counts = profile.counts
-    quantized = QUANTIZED_BYTES.get(plan.config.quantization.type, 0.0) * counts.quantized
-    whole = DTYPE_BYTES[plan.config.model.dtype] * (counts.total - counts.quantized) + quantized
-    ahead = 0 if plan.offload_param == "nvme" else LIVE_ELEMENTS + BUCKET_ELEMENTS
-    num_gathered = max(profile.layer.total, profile.embedding.total) + ahead
-    copies = GATHER_COPIES[plan.device] + (GATHER_HOLES if plan.device == "cpu" and profile.is_on_heap else 0)
-    return round(copies * whole * min(1.0, num_gathered / counts.total))
+    quantized = QUANTIZED_BYTES.get(plan.config.quantization.type, 0) * counts.quantized
+    return DTYPE_BYTES[plan.config.model.dtype] * (counts.total - counts.quantized) + quantized
 
 
 GRADIENTS = {0: _accumulated_by_torch, 1: _in_whole_on_every_rank, 2: _partitioned, 3: _all_partitioned}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from burnish.harness import zero_config
 from burnish.harness.config import Config
 from burnish.harness.memory import (
     SHARD_BYTES,
@@ -175,6 +176,10 @@ PROFILE = Profile(
 )
 
 
+TOKENS = 4 * 1024
+"""Of a micro-batch of two ranks with a global batch of 8."""
+
+
 def small_plan(*, length: int = 8, micro: int = 2, micro_batches: int = 1, **changes: Any) -> Plan:
     train = {"max_steps": 3, "global_batch_size": micro * micro_batches, "micro_batch_size": micro}
     data = {"train": ["rows.jsonl"], "max_length": length}
@@ -182,12 +187,27 @@ def small_plan(*, length: int = 8, micro: int = 2, micro_batches: int = 1, **cha
 
 
 def test_stage_2_reduces_a_bucket_at_a_time() -> None:
-    """4000 bytes of fp32 gradients halved; a bucket of all 1000 in bf16, joined, in fp32 and in gloo's buffer."""
+    """4000 bytes of fp32 gradients halved; a bucket of all 1000 in bf16; joined, in fp32 and in gloo's buffer."""
     plan = make_plan_for(world_size=2, zero_stage=2, train={"max_steps": 3, "global_batch_size": 8})
     accumulating = replace(plan, gradient_accumulation_steps=2)
     moments = moments_of_step(accumulating, PROFILE)
     assert moments["last layer"]["gradients"] == 2000
-    assert moments["last layer"]["reduce_buckets"] == 1000 * (2 + 2 + 4 + 4)
+    assert moments["last layer"]["reduce_buckets"] == 1000 * 2
+    assert moments["first layer"]["reduce_buckets"] == 1000 * (2 + 2 + 4 + 4)
+    assert moments["first bucket"]["activations"] == 50 + 10 * TOKENS  # it holds what all layers have
+
+
+def test_stage_3_reduces_a_bucket_when_backward_has_filled_it_and_never_frees_it() -> None:
+    """Of 1000 weights a bucket of 500: the head's 100, and those of two layers of four."""
+    plan = make_plan_for(world_size=2, zero_stage=3, train={"max_steps": 3, "global_batch_size": 8})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_config, "BUCKET_ELEMENTS", 500)
+        moments = moments_of_step(plan, PROFILE)
+    layers = 4 * 100 * TOKENS
+    assert moments["head"]["reduce_buckets"] == moments["last layer"]["reduce_buckets"] == 500 * 4
+    assert moments["first bucket"]["reduce_buckets"] == 500 * (4 + 4 + 4)
+    assert moments["first bucket"]["activations"] == 50 + 10 * TOKENS + layers // 2
+    assert moments["optimizer"]["reduce_buckets"] == 500 * 4
 
 
 def test_stage_1_keeps_two_gradients_and_copies_one() -> None:
@@ -196,11 +216,39 @@ def test_stage_1_keeps_two_gradients_and_copies_one() -> None:
     assert moments["reduction"]["reduce_buckets"] == 4000
 
 
-def test_stage_3_gathers_what_it_may_keep() -> None:
+def test_stage_3_gathers_two_buckets_ahead_and_keeps_one_at_the_head() -> None:
     large = replace(PROFILE, counts=Counts(10**9, 1000), layer=Counts(10**7, 200))
-    plan = replace(make_plan_for(world_size=2, zero_stage=3), device="cuda")
-    assert moments_of_step(plan, large)["forward"]["gather_buffers"] == 2 * (10**7 + 150_000_000)
-    assert moments_of_step(plan, PROFILE)["forward"]["gather_buffers"] == 2000
+    moments = moments_of_step(replace(make_plan_for(world_size=2, zero_stage=3), device="cuda"), large)
+    assert moments["forward"]["gather_buffers"] == 2 * (1.5 * (10**7 + 100_000_000) + 10**7)
+    assert moments["first bucket"]["gather_buffers"] == 2 * (10**7 + 100_000_000)
+    assert moments["head"]["gather_buffers"] == 2 * (10**7 + 50_000_000)
+    assert moments["embedding"]["gather_buffers"] == 2 * 10**7
+
+
+def test_stage_3_gathers_no_more_than_there_is() -> None:
+    moments = moments_of_step(make_plan_for(world_size=2, zero_stage=3), PROFILE)
+    assert moments["forward"]["gather_buffers"] == moments["last layer"]["gather_buffers"] == 2 * (2.1 * 1000 + 200)
+    assert moments["first bucket"]["gather_buffers"] == moments["head"]["gather_buffers"] == 2000
+    assert moments["embedding"]["gather_buffers"] == 2 * 200
+
+
+def test_stage_3_gathers_quantised_weights_by_the_bytes_of_their_tensors() -> None:
+    """A bucket of 50 million elements holds 100 million packed weights."""
+    counted = replace(PROFILE, counts=Counts(10**9, 1000, 10**9 - 1000), layer=Counts(10**7, 0, 10**7))
+    plan = make_plan_for(
+        world_size=2,
+        zero_stage=3,
+        quantization={"type": "nf4"},
+        adapter={"method": "qlora", "rank": 8, "alpha": 8.0, "target_modules": "all-linear"},
+    )
+    moments = moments_of_step(plan, counted)
+    assert moments["head"]["gather_buffers"] == pytest.approx(5 * 10**6 + 50 * 10**6, rel=1e-4)
+
+
+def test_stage_3_joins_gradients_to_update_them() -> None:
+    moments = moments_of_step(make_plan_for(world_size=2, zero_stage=3), PROFILE)
+    assert moments["optimizer"]["working"] == 4 * 1000 // 2
+    assert moments_of_step(make_plan_for(world_size=2, zero_stage=2), PROFILE)["optimizer"]["working"] == 0
 
 
 def test_what_a_save_copies_is_a_file_of_partitioned_state_at_a_time() -> None:
