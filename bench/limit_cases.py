@@ -72,8 +72,8 @@ def cases(choice: Choice) -> list[list[Case]]:
     ]
 
 
-COSTS_S = {"0.1B": 240.0, "1.5B": 2400.0, "7B": 900.0}
-"""Of an item, on two cores."""
+SEARCH_COSTS_S, RUN_COSTS_S = {"0.1B": 240.0, "1.5B": 7000.0}, {"1.5B": 1200.0, "7B": 1800.0}
+"""Of an item, on two cores: all runs of a search for every mode, and one run."""
 
 
 def items(_device: str, choice: Choice) -> list[Item]:
@@ -82,8 +82,9 @@ def items(_device: str, choice: Choice) -> list[Item]:
     for group in cases(choice):
         first = group[0]
         key = first.key.rpartition(SEPARATOR)[0]
+        costs = SEARCH_COSTS_S if first.limit_bytes is None else RUN_COSTS_S
         what = {"cases": [asdict(case) for case in group]}
-        found.append(Item(key, tuple(case.key for case in group), what, COSTS_S[first.model]))
+        found.append(Item(key, tuple(case.key for case in group), what, costs[first.model]))
     return found
 
 

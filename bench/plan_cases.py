@@ -106,6 +106,8 @@ CPU_CASES = (
     Case("llama-360M", "full", (1, 256), cost_s=40),
     Case("llama-360M", "lora", (2, 512), cost_s=40),
     Case("llama-360M", "full", (1, 256), zero_stage=2, num_ranks=2, cost_s=60),
+    Case("llama-360M", "full", (1, 256), zero_stage=3, num_ranks=2, cost_s=60),
+    Case("llama-360M", "lora", (1, 256), zero_stage=3, num_ranks=2, cost_s=60),
     Case("llama-0.6B", "lora", (4, 512), policy="full", cost_s=60),
     Case("llama-0.6B", "qlora", (2, 512), policy="full", cost_s=60),
     Case("llama-1.5B", "lora", (1, 256), cost_s=80),
