@@ -38,7 +38,7 @@ def measure(item: Item, setting: Setting) -> Iterator[Row]:
     except BurnishError as error:
         yield row | {"state": "failed", "reason": str(error)}
         return
-    ratio = predicted.phases["step"] / measured.phases["step"]
+    ratio = predicted.peak_bytes / measured.peak_bytes
     setting.say(f"  {case.key}: {100 * (ratio - 1):+.1f} %")
     yield row | {"predicted": predicted.to_dict(), "measured": measured.to_dict()}
 
@@ -57,11 +57,11 @@ def resources(case: Case) -> Resources:
 
 
 def figures(row: Row) -> list[Figure]:
-    """What the step had at most, and how far the prediction is from it: 1 is right, either way."""
-    predicted, measured = row["predicted"]["phases"]["step"], row["measured"]["phases"]["step"]
+    """What the run had at most, and how far the prediction is from it: 1 is right, either way."""
+    predicted, measured = row["predicted"]["peak_bytes"], row["measured"]["peak_bytes"]
     ratio = max(predicted / measured, measured / predicted)
     return [
-        Figure(f"{row['key']} · step", "peak", measured, (), "lower"),
+        Figure(f"{row['key']} · run", "peak", measured, (), "lower"),
         Figure(f"{row['key']} · off by", "ratio", ratio, (), "lower"),
     ]
 

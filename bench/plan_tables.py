@@ -3,8 +3,9 @@
 from ..harness.markup import size
 from .benchmark import Result, Row, Table
 
-HEAD = ("configuration", "predicted", "measured", "error", "predicted by part")
-PHASES = ("load", "evaluation", "save")
+HEAD = ("configuration", "predicted", "measured", "error", "predicted of the step, by part")
+PHASES = ("load", "step", "evaluation", "save")
+PEAK = "peak_bytes"
 NOTE = {
     "cpu": "Measured: most resident memory of any rank in two steps, each rank a fresh process, less what it has with "
     "its libraries imported and no weight loaded (about 0.5 GiB). Pages of mapped files count where they are resident.",
@@ -15,13 +16,13 @@ MIN_SHARE = 0.02
 
 
 def tables(result: Result) -> list[Table]:
-    """The peaks of the steps, and of the other phases."""
+    """The peaks of the runs, and of their phases: on a CPU none has less than those before it."""
     rows = [row for row in result["rows"] if row["state"] == "ok"]
     cells = [
         (
             label(row),
-            *pair(row, "step"),
-            error(row["predicted"]["phases"]["step"], row["measured"]["phases"]["step"]),
+            *(size(row[side][PEAK]) for side in ("predicted", "measured")),
+            error(row["predicted"][PEAK], row["measured"][PEAK]),
             parts(row),
         )
         for row in rows
@@ -32,7 +33,7 @@ def tables(result: Result) -> list[Table]:
     head = ("configuration", *(text for name in PHASES for text in (f"{name}: predicted", "measured", "error")))
     lost = [f"{row['key']}: {row['reason']}" for row in result["rows"] if row["state"] in ("failed", "void")]
     notes = [summary(rows), NOTE[result["device"]], *lost] if rows else lost
-    found = [Table("Peak of a training step", HEAD, cells, notes), Table("Peaks of the other phases", head, others)]
+    found = [Table("Peak of a run", HEAD, cells, notes), Table("Peaks of its phases", head, others)]
     return [table for table in found if table.rows]
 
 
@@ -63,7 +64,7 @@ def parts(row: Row) -> str:
 
 def summary(rows: list[Row]) -> str:
     """How many are within a tenth, and the extremes."""
-    errors = [row["predicted"]["phases"]["step"] / row["measured"]["phases"]["step"] - 1 for row in rows]
+    errors = [row["predicted"][PEAK] / row["measured"][PEAK] - 1 for row in rows]
     near = sum(abs(one) <= 0.1 for one in errors)
     return (
         f"{near} of {len(errors)} predictions are within 10 % of what was measured; the lowest is "

@@ -33,7 +33,7 @@ needs_pool = pytest.mark.skipif(allocator.pool() is None, reason="no C++ compile
 
 def run(code):
     command = [sys.executable, "-c", START + code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()
 

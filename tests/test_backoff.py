@@ -24,9 +24,11 @@ CPU_ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "123456 bytes. Error code 12 (Cannot allocate memory)"
 )
+POOL = "can't allocate memory: you tried to allocate 3145728 bytes"
 GPU_ALLOCATOR = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139.81 GiB"
 NO_MEMORY = {
     "the CPU's allocator": RuntimeError(CPU_ALLOCATOR),
+    "burnish's allocator": RuntimeError(POOL),
     "a GPU's allocator": torch.OutOfMemoryError(GPU_ALLOCATOR),
     "CUDA": RuntimeError("CUDA error: out of memory"),
     "a library of CUDA": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -66,7 +68,10 @@ def test_an_error_that_came_of_it_counts_and_one_that_came_meanwhile_does_not():
     assert not backoff.found_no_memory(meanwhile)
 
 
-@pytest.mark.parametrize(("text", "wanted"), [(CPU_ALLOCATOR, 123456), (GPU_ALLOCATOR, 2.5 * GIB), ("bad_alloc", 0)])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [(CPU_ALLOCATOR, 123456), (POOL, 3 * 2**20), (GPU_ALLOCATOR, 2.5 * GIB), ("bad_alloc", 0)],
+)
 def test_the_error_says_where_it_was_and_how_much_was_wanted(text, wanted):
     found = backoff.explained(RuntimeError(text), phase="step", step=3)
     assert (found.wanted_bytes, found.step, found.phase) == (wanted, 3, "step")

@@ -158,7 +158,7 @@ struct Allocator final : c10::Allocator {
         void* data = num_bytes < LEAST ? c10::alloc_cpu(num_bytes) : pool().take(num_bytes);
         if (data == nullptr && num_bytes > 0) {
             c10::profiledCPUMemoryReporter().OutOfMemory(num_bytes);
-            TORCH_CHECK(false, "can't allocate memory: ", num_bytes, " bytes were asked for");
+            TORCH_CHECK(false, "can't allocate memory: you tried to allocate ", num_bytes, " bytes");
         }
         c10::profiledCPUMemoryReporter().New(data, num_bytes);
         return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
