@@ -15,7 +15,6 @@ from hosts import BIN, Hosts, is_possible
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not is_possible(), reason="needs root and network namespaces")]
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
-INLINE = ("launch.type=inline", "launch.num_workers=1", "memory.zero_stage=0")
 LAUNCH = {"type": "ray", "num_workers": 2}
 SDK = """
 from ray.job_submission import JobSubmissionClient
@@ -84,7 +83,8 @@ def test_a_real_model_is_trained_with_zero_2_across_both_hosts(hosts):
     folder.mkdir()
     shutil.copy(QUICKSTART, folder)
     config = folder / QUICKSTART.name
-    fewer = ("train.max_steps=4", "train.global_batch_size=8", "eval.max_examples=8", "generation.max_new_tokens=4")
+    fewer = ["train.max_steps=4", "train.global_batch_size=8", "eval.max_examples=8", "generation.max_new_tokens=4"]
+    fewer.append(f"runs_dir={folder / 'runs'}")
     done = submit(hosts, config, *fewer, "--follow", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4/4 loss" in done.stdout
@@ -92,7 +92,9 @@ def test_a_real_model_is_trained_with_zero_2_across_both_hosts(hosts):
     plan = read_json(run / "plan.json", {})
     assert (plan["zero_stage"], plan["world_size"]) == (2, 2)
     assert list((run / "adapter").glob("*.safetensors"))
-    alone = hosts.burnish("train", config.name, "name=alone", *fewer, *INLINE, cwd=folder, timeout=900)
+    inline = yaml.safe_load(QUICKSTART.read_text()) | {"name": "alone", "launch": {"type": "inline"}, "memory": {}}
+    (folder / "alone.yaml").write_text(yaml.safe_dump(inline))
+    alone = hosts.burnish("train", "alone.yaml", *fewer, cwd=folder, timeout=900)
     assert alone.returncode == 0, alone.stdout + alone.stderr
     expected = losses(folder / "runs" / "alone")
     assert len(expected) == 4
