@@ -192,25 +192,20 @@ def gathered(plan: Plan, profile: Profile) -> list[Moment]:
     """
     if plan.zero_stage != 3:
         return [{"gather_buffers": 0}] * 4
-    layer, embedding, head = (elements(plan, one) for one in (profile.layer, profile.embedding, profile.head))
-    most, total = max(layer, embedding), elements(plan, profile.counts)
+    layer, embedding, head = (weighed(plan, one, 1) for one in (profile.layer, profile.embedding, profile.head))
+    most, total = max(layer, embedding), weighed(plan, profile.counts, 1)
     ahead = min(total, most + (0 if plan.offload_param == "nvme" else 2 * BUCKET_ELEMENTS))
     at_head = min(total, max(most, head) + (0 if plan.offload_param != "none" else BUCKET_ELEMENTS))
     holes = GATHER_HOLES if plan.device == "cpu" and profile.is_on_heap else 0
     counts = (GATHER_COPIES[plan.device] + holes) * ahead + layer, (1 + holes) * ahead, at_head, most
-    return [{"gather_buffers": round(gathered_bytes(plan, profile) * count / total)} for count in counts]
+    whole = weighed(plan, profile.counts, DTYPE_BYTES[plan.config.model.dtype])
+    return [{"gather_buffers": round(whole * count / total)} for count in counts]
 
 
-def elements(plan: Plan, counts: Counts) -> float:
-    """As tensors have them: of a quantised weight a part of a byte."""
-    return counts.total - counts.quantized + QUANTIZED_BYTES.get(plan.config.quantization.type, 0) * counts.quantized
-
-
-def gathered_bytes(plan: Plan, profile: Profile) -> float:
-    """Of all parameters, each once."""
-    counts = profile.counts
-    quantized = QUANTIZED_BYTES.get(plan.config.quantization.type, 0) * counts.quantized
-    return DTYPE_BYTES[plan.config.model.dtype] * (counts.total - counts.quantized) + quantized
+def weighed(plan: Plan, counts: Counts, each: int) -> float:
+    """`each` for a weight as it is, and the bytes of a quantised one, whose tensors have an element for a byte."""
+    packed = QUANTIZED_BYTES.get(plan.config.quantization.type, 0) * counts.quantized
+    return each * (counts.total - counts.quantized) + packed
 
 
 GRADIENTS = {0: _accumulated_by_torch, 1: _in_whole_on_every_rank, 2: _partitioned, 3: _all_partitioned}

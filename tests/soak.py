@@ -113,7 +113,7 @@ def train(path):
     from burnish.launch import training
 
     run = training.train(load_config([str(path)]), mode="new", report=lambda record: None)
-    return run, [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
+    return run, tiny.losses(run)
 
 
 def measured(path, *, expected):

@@ -18,6 +18,7 @@ from burnish.harness.plan import Resources, make_plan
 from burnish.harness.run_dir import RunDir
 from burnish.launch import attempts, training
 from burnish.launch.progress import Progress
+from tiny import losses
 
 GIB = 2**30
 CPU_ALLOCATOR = (
@@ -181,10 +182,6 @@ def train(config, **options):
     seen = []
     run = training.train(config, mode=options.pop("mode", "new"), report=seen.append, **options)
     return run, seen
-
-
-def losses(run):
-    return [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
 
 
 def events(run, name=backoff.EVENT):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from burnish.harness.run_dir import read_json, read_jsonl
+from burnish.harness.run_dir import RunDir, read_json, read_jsonl
 from hosts import BIN, Hosts, is_possible
+from tiny import losses
 
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(not is_possible(), reason="needs root and network namespaces")]
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -43,10 +44,6 @@ def config(hosts):
 
 def submit(hosts, config, *arguments, **options):
     return hosts.burnish("submit", config.name, "--address", hosts.url, *arguments, cwd=config.parent, **options)
-
-
-def losses(run):
-    return [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
 
 
 def wait_for_step(config, name, step):
@@ -88,18 +85,18 @@ def test_a_real_model_is_trained_with_zero_2_across_both_hosts(hosts):
     done = submit(hosts, config, *fewer, "--follow", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4/4 loss" in done.stdout
-    run = folder / "runs" / "quickstart"
-    plan = read_json(run / "plan.json", {})
-    assert (plan["zero_stage"], plan["world_size"]) == (2, 2)
-    assert list((run / "adapter").glob("*.safetensors"))
+    run = RunDir(folder / "runs" / "quickstart")
+    plan = run.load_plan()
+    assert (plan.zero_stage, plan.world_size) == (2, 2)
+    assert list(run.adapter.glob("*.safetensors"))
     inline = yaml.safe_load(QUICKSTART.read_text()) | {"name": "alone", "launch": {"type": "inline"}, "memory": {}}
     (folder / "alone.yaml").write_text(yaml.safe_dump(inline))
     alone = hosts.burnish("train", "alone.yaml", *fewer, cwd=folder, timeout=900)
     assert alone.returncode == 0, alone.stdout + alone.stderr
-    expected = losses(folder / "runs" / "alone")
+    expected = losses(RunDir(folder / "runs" / "alone"))
     assert len(expected) == 4
     assert losses(run) == pytest.approx(expected, rel=1e-2)
-    print(f"{losses(run)}, {read_json(run / 'summary.json', {})['wall_time_s']} s; alone {expected}")
+    print(f"{losses(run)}, {read_json(run.summary_json, {})['wall_time_s']} s; alone {expected}")
 
 
 def test_a_stopped_run_writes_a_checkpoint_and_submitting_again_goes_on(hosts, config):

@@ -268,9 +268,8 @@ def undisturbed(folder):
 
 def result(path):
     run = RunDir(path)
-    losses = [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
     weights = load_file(run.adapter / "adapter_model.safetensors")
-    return losses, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+    return tiny.losses(run), {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
 def started(folder, name, **environment):

@@ -211,8 +211,7 @@ def trained(folder, name, every_steps):
     changes = {"adapter": adapter, "train__max_steps": 20, "generation": {"prompts": []}}
     path = tiny.write_config(folder, name=name, checkpoint={"every_steps": every_steps}, **changes)
     run = training.train(load_config([str(path)]), mode="new", report=lambda record: None)
-    losses = [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
-    return run.read_jsonl(run.events_jsonl), losses
+    return run.read_jsonl(run.events_jsonl), tiny.losses(run)
 
 
 def test_a_run_saves_by_itself_says_how_often_and_computes_the_same(tmp_path, monkeypatch):

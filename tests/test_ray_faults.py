@@ -14,6 +14,7 @@ from burnish.harness.run_dir import RunDir
 from burnish.launch import processes, training
 from ranks import RankPool, make_job
 from safetensors import safe_open
+from tiny import losses
 
 EVERY_STEPS = 5
 HANG_TIMEOUT_S = 6
@@ -50,10 +51,6 @@ def seeded_faults(kinds, *, seed, folder):
         marker = str(folder / f"fault-{number}")
         found.append({"rank": rng.randrange(2), "step": step, "point": point, "action": action, "once": marker})
     return found
-
-
-def losses(run):
-    return [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
 
 
 def weights_hash(run):

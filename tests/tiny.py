@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from burnish.harness.run_dir import RunDir
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -103,3 +104,8 @@ def write_config(folder: Path, **changes: object) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(run_config(folder, **changes)))
     return path
+
+
+def losses(run: RunDir) -> list[float]:
+    """Of every training step in the run's metrics."""
+    return [record["loss"] for record in run.read_jsonl(run.metrics_jsonl) if record["kind"] == "train"]
