@@ -75,6 +75,10 @@ class Partitioned(deepspeed.zero.Init):
 
     remote_device: Any
 
+    def _set_dtype(self, ds_config: Any, dtype: torch.dtype) -> None:
+        """DeepSpeed 0.19 takes another one than it is given where the processor computes no fp16."""
+        self.dtype = dtype
+
     def _zero_init_param(self, param: torch.nn.Parameter) -> None:
         self._convert_to_deepspeed_param(param)
         if param.requires_grad:
