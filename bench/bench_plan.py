@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..harness.errors import BurnishError
+from ..harness.offload import missing_tools
 from ..harness.plan import Resources, make_plan
 from . import plan_tables
 from .benchmark import Benchmark, Figure, Item, Row, Setting
@@ -26,6 +27,9 @@ def measure(item: Item, setting: Setting) -> Iterator[Row]:
     what: dict[str, Any] = dict(item.what)
     case = Case(**what | {"batch": tuple(what["batch"])})
     row: Row = {"key": item.key, "state": "ok", "reason": None} | dict(item.what)
+    if case.is_in_files and (missing := missing_tools(with_files=True)):
+        yield row | {"state": "not measured", "reason": f"this host lacks {', '.join(missing)}"}
+        return
     config = case.config(max(1, setting.num_threads // case.num_ranks))
     try:
         plan = make_plan(config, resources(case), run_dir="", cwd="")

@@ -72,7 +72,7 @@ def cases(choice: Choice) -> list[list[Case]]:
     ]
 
 
-SEARCH_COSTS_S, RUN_COSTS_S = {"0.1B": 240.0, "1.5B": 7000.0}, {"1.5B": 1200.0, "7B": 1800.0}
+SEARCH_COSTS_S, RUN_COSTS_S = {"0.1B": 240.0, "1.5B": 1800.0}, {"1.5B": 600.0, "7B": 400.0}
 """Of an item, on two cores: all runs of a search for every mode, and one run."""
 
 

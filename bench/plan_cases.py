@@ -1,6 +1,7 @@
 """Which configurations the benchmark of the planner predicts and measures. Imports no torch."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..harness.config import Config
@@ -19,6 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 NF4: dict[str, Any] = {"type": "nf4", "double_quant": True}
 FREEZE: dict[str, Any] = {"method": "freeze", "last_layers": 4}
 MOMENTUM: dict[str, Any] = {"name": "sgd", "momentum": 0.9}
+IN_FILES = {"offload_optimizer": "nvme", "offload_param": "nvme"}
+FILES = Path("runs/bench/files")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Case:
     num_ranks: int = 1
     packing: bool = False
     is_fused: bool = True
+    is_in_files: bool = False
+    """Weights, gradients and optimizer state; only what is at work is in memory."""
     cost_s: float = 20.0
 
     @property
@@ -49,10 +54,12 @@ class Case:
         parts += ["packed"] if self.packing else []
         parts += ["unfused"] if not self.is_fused else []
         parts += [f"ZeRO-{self.zero_stage}"] if self.zero_stage or self.num_ranks > 1 else []
+        parts += ["in files"] if self.is_in_files else []
         return SEPARATOR.join(["plan", " ".join(parts), f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}"])
 
     def config(self, num_threads: int) -> Config:
         """The config of a run of this kind. Its data section names no data: what is measured trains on random ids."""
+        memory = {"zero_stage": self.zero_stage, "activation_checkpointing": self.policy}
         launch = {"type": "inline"} if self.num_ranks == 1 else {"type": "ray", "num_workers": self.num_ranks}
         return Config.model_validate(
             {
@@ -69,7 +76,7 @@ class Case:
                     "micro_batch_size": self.batch[0],
                     "num_threads": num_threads,
                 },
-                "memory": {"zero_stage": self.zero_stage, "activation_checkpointing": self.policy},
+                "memory": memory | (IN_FILES | {"nvme_path": str(FILES.absolute())} if self.is_in_files else {}),
                 "kernels": {} if self.is_fused else {"enabled": False},
                 "launch": launch,
             }
@@ -112,6 +119,9 @@ CPU_CASES = (
     Case("llama-0.6B", "qlora", (2, 512), policy="full", cost_s=60),
     Case("llama-1.5B", "lora", (1, 256), cost_s=80),
     Case("llama-1.5B", "qlora", (1, 512), policy="full", cost_s=100),
+    Case(SMOL, "full", (2, 256), zero_stage=3, is_in_files=True, cost_s=60),
+    Case("llama-360M", "full", (1, 256), zero_stage=3, num_ranks=2, is_in_files=True, cost_s=120),
+    Case("llama-1.5B", "full", (1, 128), zero_stage=3, is_in_files=True, cost_s=300),
 )
 NUM_QUICK = 4
 """The first of them, in a quick run."""

@@ -90,7 +90,9 @@ def _parts(best: Candidate) -> str:
         return f"in the phase {phase}; a step needs {size(prediction.phases['step'] - prediction.mapped_bytes)}"
     parts = {"device": prediction.device, "host": prediction.host, "nvme": prediction.nvme}[place]
     largest = sorted(parts.items(), key=lambda part: -part[1])[:MAX_NAMED_PARTS]
-    return ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in largest if value)
+    told = ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in largest if value)
+    is_mapped = place == "device" and prediction.mapped_bytes
+    return f"{told}, less {size(prediction.mapped_bytes)} in pages of files" if is_mapped else told
 
 
 def cheapest(

@@ -61,7 +61,10 @@ class Engine(Protocol):
         """One optimizer step with this learning rate on the gradients since the last one."""
 
     def trained_state(self) -> State | None:
-        """Trained parameters as the forward pass sees them, and persistent buffers, on the CPU of rank 0; else None."""
+        """Trained parameters as the forward pass sees them, and persistent buffers, on the CPU of rank 0; else None.
+
+        Parameters may be those of the engine itself: they are right until its next step.
+        """
 
     def state(self) -> Pieces:
         """All that is needed to resume, contiguous on the CPU of rank 0; nothing elsewhere. All ranks go to its end.
@@ -209,7 +212,7 @@ class Masters:
         let_go(self.masters.values())
 
     def trained_state(self) -> State:
-        return {name: to_cpu(param) for name, param in self.live.items()}
+        return {name: on_cpu(param) for name, param in self.live.items()}
 
     def state(self) -> Pieces:
         for name, master in self.masters.items():

@@ -101,10 +101,14 @@ def _check_finite(state: dict[str, Tensor]) -> None:
 
 
 def _whole_model(config: Config, state: dict[str, Tensor], labels: list[str] | None) -> nn.Module:
+    """The model as it was loaded, with the trained tensors themselves in place of its own: no copy of them is made."""
     model = models.load_model(config, labels=labels)
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    unknown = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
     if unknown:
         raise TrainingError(f"trained weights that the model does not have: {unknown[:3]}")
+    for name, tensor in state.items():
+        own[name].data = tensor.to(own[name].dtype)
     return model
 
 

@@ -58,7 +58,10 @@ class Prediction:
     nvme: Mapping[str, int]
     phases: Mapping[str, int]
     mapped_bytes: int = 0
-    """Of every phase: weights mapped from files, whose pages the kernel drops where there is no room."""
+    """Of the step and what follows: pages of files (weights, sums of gradients), which the kernel drops or writes out
+    where there is no room."""
+    mapped_in_load_bytes: int = 0
+    """Of loading: those of the weights."""
 
     @property
     def peak_bytes(self) -> int:
@@ -66,7 +69,8 @@ class Prediction:
 
     @property
     def needed_bytes(self) -> int:
-        return self.peak_bytes - self.mapped_bytes
+        later = max([sum(self.device.values()), *(size for name, size in self.phases.items() if name != "load")])
+        return max(later - self.mapped_bytes, self.phases.get("load", 0) - self.mapped_in_load_bytes)
 
     @property
     def host_bytes(self) -> int:
@@ -97,6 +101,9 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
     come_and_go = sum(size for name, size in device.items() if name in fullest)
     device["allocator"] = round(overhead.allocator_share * come_and_go)
     device["process"] = overhead.process_bytes
+    # Sums of gradients in a file are summed there: on a CPU its pages are this process's, as long as there is room.
+    pages = nvme.get("gradients", 0) if plan.device == "cpu" else 0
+    device["gradients"] = device.get("gradients", 0) + pages
     step = sum(device.values())
     stays = plan.zero_stage in (1, 3) and plan.offload_optimizer != "nvme"
     kept = moments["optimizer"]["gradients"] if stays else 0
@@ -114,7 +121,8 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
         host=host,
         nvme=nvme,
         phases=phases,
-        mapped_bytes=mapped_bytes(plan, profile),
+        mapped_bytes=mapped_bytes(plan, profile) + pages,
+        mapped_in_load_bytes=mapped_bytes(plan, profile),
     )
 
 
@@ -163,10 +171,17 @@ def placed(
         below[stays]["weights"] = device.pop("weights")
         if plan.offload_param == "nvme":
             piece = -(-profile.largest_tensor // plan.world_size)
-            memory["parameter_buffers"] = MIN_PARAMETER_BUFFERS * dtype_bytes * piece
+            memory["parameter_buffers"] = dtype_bytes * (MIN_PARAMETER_BUFFERS * piece + written_at_once(plan, profile))
     if plan.offload_activations and "activations" in device and plan.device == "cuda":
         host["activations"] = device.pop("activations")
     return device, host, nvme
+
+
+def written_at_once(plan: Plan, profile: Profile) -> int:
+    """Elements of updated weights on their way to files: those that the optimizer updates together, on all ranks."""
+    if plan.offload_optimizer != "nvme":
+        return profile.counts.trainable
+    return min(profile.counts.trainable, max(SUB_GROUP_ELEMENTS * plan.world_size, profile.largest_trained))
 
 
 def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: int) -> int:

@@ -40,15 +40,17 @@ from .engine import (
     let_go,
     live_buffers,
     load_buffers,
+    on_cpu,
     persistent_buffers,
     to_cpu,
 )
-from .errors import ConfigError, TrainingError
-from .offload import one_builder_at_a_time, private_folder, reserve_file
+from .errors import ConfigError
+from .offload import one_builder_at_a_time, private_folder
 from .optimizers import make_optimizer, parameter_groups
 from .plan import Plan
 from .zero_config import PERSISTENT_ELEMENTS, Extent, deepspeed_config, offload_config
-from .zero_gradients import clear_after_step, gradient_pieces, settle_unused
+from .zero_files import GradientsInFile, free_buffers, in_file
+from .zero_gradients import clear_after_step, settle_unused
 from .zero_state import flat_masters, gather_state, is_stage_3, partitions, scatter_state
 
 NAMES = {"AsyncIOBuilder": "async_io", "CPUAdamBuilder": "cpu_adam"}
@@ -113,8 +115,6 @@ class ZeroEngine:
         self.masters = Masters(plan.config, model) if self.stage == 0 else None
         self.deepspeed = self._initialize(plan, model)
         self.module: torch.nn.Module = self.deepspeed
-        if self.folder is not None and plan.offload_optimizer == "nvme":
-            _keep_gradients_in(self.folder, self.deepspeed.optimizer)
         self.is_first_backward = True
         self.has_buffers = bool(live_buffers(model))
         self.broadcast_buffers()
@@ -143,8 +143,17 @@ class ZeroEngine:
                         param.ds_optim_param = True  # type: ignore[attr-defined]
             if plan.offload_param == "nvme":
                 model.register_forward_pre_hook(lambda *_: _forget_order(self.deepspeed.optimizer))
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+            with self._gradients_in_file(plan) as placed:
+                engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        assert placed is None or engine.optimizer.grad_partitions_flat_buffer is placed.flat
         return engine
+
+    def _gradients_in_file(self, plan: Plan) -> "contextlib.AbstractContextManager[GradientsInFile | None]":
+        """What puts sums of gradients into a file where the plan has the optimizer's state in files."""
+        if self.folder is None or plan.offload_optimizer != "nvme":
+            return contextlib.nullcontext()
+        pieces = (param.partition_numel() for param in self.trained.values())  # type: ignore[attr-defined]
+        return GradientsInFile(self.folder, sum(pieces))
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         if is_last and self.masters:
@@ -190,7 +199,7 @@ class ZeroEngine:
         for name, param in self.trained.items():
             with deepspeed.zero.GatheredParameters([param], enabled=self.stage == 3):
                 if self.world.rank == 0:
-                    state[name] = self._keep(param)
+                    state[name] = self._keep(param) if self.stage == 3 else on_cpu(param)
         return state | persistent_buffers(self.model) if self.world.rank == 0 else None
 
     def state(self) -> Pieces:
@@ -202,7 +211,7 @@ class ZeroEngine:
             yield from buffer_pieces(self.model)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the CPU; in a file where memory is so short that the optimizer's state is in files."""
+        """A copy on the CPU of what is gathered; in a file where memory is so short that the state is in files."""
         if self.folder is None or tensor.nbytes < MIN_FILE_BYTES:
             return to_cpu(tensor)
         return in_file(self.folder, tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor.detach())
@@ -232,11 +241,13 @@ class ZeroEngine:
             optimizer = self.deepspeed.optimizer
             optimizer.optimizer.state.clear()
             let_go(partitions(optimizer))
+            free_buffers(optimizer, self.model)
         weights = list(self.model.parameters())
         let_go([*weights, *(param.ds_tensor for param in weights if hasattr(param, "ds_tensor"))])
 
     def close(self) -> None:
         self.deepspeed.destroy()
+        free_buffers(self.deepspeed.optimizer, self.model)
         self.resources.close()
         if self.owns_group:
             # DeepSpeed's own function: it also forgets the groups that it made from this one.
@@ -325,26 +336,3 @@ def _load(builder: str) -> None:
             f"memory.offload_optimizer: DeepSpeed's {NAMES[builder]} could not be built here ({reason}); "
             "`burnish doctor` says what is missing, or switch the offload off"
         ) from error
-
-
-def in_file(folder: Path, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor of zeros in a file without a name: the kernel may write it out instead of keeping it in memory.
-
-    Raises TrainingError where the disk is full.
-    """
-    try:
-        path = reserve_file(folder, num_elements * dtype.itemsize)
-    except OSError as error:
-        raise TrainingError(f"memory.nvme_path: cannot write in {folder.parent}: {error.strerror}") from error
-    tensor = torch.from_file(str(path), shared=True, size=num_elements, dtype=dtype)
-    path.unlink()
-    return tensor
-
-
-def _keep_gradients_in(folder: Path, optimizer: Any) -> None:
-    """Moves the fp32 sums of gradients into a file: they are as large as the master weights that lie in files."""
-    pieces = gradient_pieces(optimizer)
-    flat = optimizer.grad_partitions_flat_buffer
-    optimizer.grad_partitions_flat_buffer = moved = in_file(folder, flat.numel(), flat.dtype)
-    for number, piece in pieces.items():
-        pieces[number] = moved.narrow(0, piece.storage_offset(), piece.numel())

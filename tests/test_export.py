@@ -129,6 +129,14 @@ def test_reloaded_equals_live_for_every_method(tmp_path, kind, changes, inputs):
         export.prove(plan, path, batch, live_loss + 1, labels=labels)
 
 
+def test_the_whole_model_is_saved_from_the_trained_tensors_without_a_copy_of_them(tmp_path):
+    config = make_config("llama", save_backbone("llama", tmp_path / "base"), adapter={"method": "full"})
+    state = randomise_trained(models.build(plan_of(config, tmp_path / "run")))
+    model = export._whole_model(config, state, None)
+    assert all(param.data_ptr() == state[name].data_ptr() for name, param in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_batch_norm_statistics_are_part_of_the_result(tmp_path):
     config = make_config("resnet", save_backbone("resnet", tmp_path / "base"), adapter={"method": "full"})
     plan = plan_of(config, tmp_path / "run")

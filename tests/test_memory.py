@@ -335,3 +335,26 @@ def test_quantised_weights_in_files_need_no_memory_of_their_own() -> None:
     assert kept.needed_bytes - mapped.needed_bytes == quantized_bytes(plan.config.quantization, 640) == 334
     for other in (replace(plan, device="cuda"), replace(plan, engine="deepspeed")):
         assert predict(other, replace(found, is_in_files=True)).mapped_bytes == 0
+
+
+def test_buffers_of_weights_in_files_hold_what_is_read_and_what_the_optimizer_writes_together() -> None:
+    memory = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "disk"}
+    plan = small_plan(memory=memory)
+    assert predict(plan, PROFILE).device["parameter_buffers"] == 2 * (5 * 100 + 1000)
+    large = replace(PROFILE, counts=Counts(10**9, 10**9))
+    for largest, elements in ((100, 25_000_000), (10**8, 10**8)):
+        buffers = predict(plan, replace(large, largest_trained=largest)).device["parameter_buffers"]
+        assert buffers == 2 * (5 * 100 + elements)
+    in_memory = small_plan(memory=memory | {"offload_optimizer": "none"})
+    assert predict(in_memory, large).device["parameter_buffers"] == 2 * (5 * 100 + 10**9)
+
+
+def test_sums_of_gradients_in_a_file_are_pages_of_the_process_but_need_no_memory() -> None:
+    memory = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "disk"}
+    plan = small_plan(memory=memory)
+    found = predict(plan, PROFILE)
+    assert found.device["gradients"] == found.nvme["gradients"] == found.mapped_bytes == 4000
+    assert found.peak_bytes == found.needed_bytes + 4000
+    assert "gradients" not in predict(replace(plan, device="cuda"), PROFILE).device
+    loaded = replace(found, phases=found.phases | {"load": found.peak_bytes - 100})
+    assert loaded.needed_bytes == loaded.peak_bytes - 100  # they come with the first step

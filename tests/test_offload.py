@@ -118,9 +118,26 @@ def _in_files(rank, world, folder):
     masters = [flat.numel() for flat in engine.deepspeed.optimizer.fp32_partitioned_groups_flat]
     files = [path.name for path in engine.folder.rglob("*.swp")]
     mode, place = stat.S_IMODE(engine.folder.stat().st_mode), engine.folder
+    found = {"masters": masters, "files": files, "mode": mode, "name": place.name, "locked_kb": locked_kb()}
+    found["sums_in"] = file_of(engine.deepspeed.optimizer.grad_partitions_flat_buffer)
     engine.barrier()
     engine.close()
-    return {"masters": masters, "files": files, "mode": mode, "is_gone": not place.exists(), "name": place.name}
+    return found | {"is_gone": not place.exists(), "locked_kb_after": locked_kb()}
+
+
+def locked_kb():
+    """Of this process's memory, what the kernel may not take."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmLck"))
+
+
+def file_of(tensor):
+    """Path of the file whose pages the tensor is, also of a removed one; None for memory."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return line.split(maxsplit=5)[5] if len(line.split()) > 5 else None
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +147,14 @@ def in_memory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def in_files(tmp_path_factory):
+def operator():
+    """DeepSpeed's operator for files: built before the ranks start, for the first build takes minutes of their time."""
+    build = "from burnish.harness import zero; zero._load('AsyncIOBuilder')"
+    subprocess.run([sys.executable, "-c", build], env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True)
+
+
+@pytest.fixture(scope="module")
+def in_files(tmp_path_factory, operator):
     folder = tmp_path_factory.mktemp("offload")
     return on_ranks(2, folder, run_all, str(folder), IN_FILES, CHANGES_IN_FILES)
 
@@ -190,7 +214,7 @@ def test_a_checkpoint_goes_on_in_another_place(pair, torch_steps, source, target
 
 
 @pytest.mark.nightly
-def test_state_that_is_offloaded_to_files_is_not_in_memory_and_the_files_are_private_and_go(in_files):
+def test_state_that_is_offloaded_to_files_is_not_in_memory_and_files_are_private_and_go_with_their_buffers(in_files):
     for rank in range(2):
         found = in_files[rank]["files"]
         assert 0 in found["masters"]
@@ -200,6 +224,8 @@ def test_state_that_is_offloaded_to_files_is_not_in_memory_and_the_files_are_pri
         assert found["mode"] == 0o700
         assert found["name"].startswith(f"burnish-toy-{rank}-")
         assert found["is_gone"]
+        assert str(found["sums_in"]).endswith("(deleted)")  # gradients, in a file without a name
+        assert found["locked_kb"] > 0 == found["locked_kb_after"]
 
 
 def test_without_offload_nothing_of_it_is_in_the_settings():

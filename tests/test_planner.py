@@ -341,6 +341,15 @@ def test_what_nothing_on_this_machine_cures_is_told_in_bytes_of_a_larger_one():
     assert len(str(raised.value)) < 500
 
 
+def test_pages_of_files_that_need_no_memory_are_taken_off_the_parts_in_the_error(monkeypatch):
+    def with_pages(*args, **options):
+        return replace(made_up_memory.predict(*args, **options), mapped_bytes=2**26)
+
+    monkeypatch.setattr(candidates, "predict", with_pages)
+    with pytest.raises(InfeasibleError, match=r"MiB, less 64 MiB in pages of files; limit: "):
+        chosen(cpu(0.75))
+
+
 def test_a_budget_that_is_too_small_is_given_up_last():
     memory = {"budget": 2**20}
     with pytest.raises(InfeasibleError, match=r"The cheapest change that fits: memory\.budget=auto \("):
