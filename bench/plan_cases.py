@@ -121,7 +121,6 @@ CPU_CASES = (
     Case("llama-1.5B", "qlora", (1, 512), policy="full", cost_s=100),
     Case(SMOL, "full", (2, 256), zero_stage=3, is_in_files=True, cost_s=60),
     Case("llama-360M", "full", (1, 256), zero_stage=3, num_ranks=2, is_in_files=True, cost_s=120),
-    Case("llama-1.5B", "full", (1, 128), zero_stage=3, is_in_files=True, cost_s=300),
 )
 NUM_QUICK = 4
 """The first of them, in a quick run."""

@@ -12,9 +12,11 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from .errors import OutOfMemory, TrainingError
+from .offload import remove_leftovers
 from .plan import Plan
 
 TIMEOUT_S = 3600
@@ -64,6 +66,8 @@ def measure(plan: Plan, *, num_steps: int = 2, labels: list[str] | None = None) 
         finally:
             for one in ranks:
                 one.end()
+            if plan.config.memory.nvme_path is not None:
+                remove_leftovers(Path(plan.cwd) / plan.config.memory.nvme_path)
     largest = max(answers, key=lambda answer: max(answer["phases"].values()))
     names = answers[0]["phases"]
     return Measured(

@@ -24,7 +24,7 @@ LLAMA = {
 }
 
 
-def plan_of(*, num_ranks: int = 1, **model: Any) -> Plan:
+def plan_of(*, num_ranks: int = 1, memory: dict[str, Any] | None = None, **model: Any) -> Plan:
     config = Config.model_validate(
         {
             "name": "tried",
@@ -33,7 +33,7 @@ def plan_of(*, num_ranks: int = 1, **model: Any) -> Plan:
             "data": {"train": "random tokens", "max_length": 32},
             "adapter": {"method": "full"},
             "train": {"max_steps": 2, "global_batch_size": 8 * num_ranks, "micro_batch_size": 2, "num_threads": 1},
-            "memory": {"zero_stage": 0 if num_ranks == 1 else 2},
+            "memory": memory or {"zero_stage": 0 if num_ranks == 1 else 2},
             "launch": {"type": "inline"} if num_ranks == 1 else {"type": "ray", "num_workers": num_ranks},
         }
     )
@@ -73,6 +73,14 @@ def test_two_ranks_are_tried_together() -> None:
     measured = measure(plan_of(num_ranks=2))
     assert measured.num_ranks == 2
     assert len(measured.losses) == 2
+
+
+@pytest.mark.nightly
+def test_what_was_offloaded_to_files_is_gone_afterwards(tmp_path: Path) -> None:
+    files = {"offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": str(tmp_path / "files")}
+    measured = measure(plan_of(memory={"zero_stage": 3} | files, vocab_size=2**15))
+    assert measured.parts["gradients"] > 4 * 2**15 * HIDDEN
+    assert list((tmp_path / "files").iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux resets peaks")
