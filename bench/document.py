@@ -15,6 +15,8 @@ from ..harness.markup import duration, size
 from ..harness.run_dir import write_bytes
 from . import memory_tables, published, record, scaling_document, suite
 from .benchmark import NOT_MEASURED, Benchmark, Choice, Item, Result, Row, Table, completed
+from .limit_cases import OWN, PEER
+from .memory_cases import GIB, SEPARATOR
 from .step_cases import row_key
 from .table import as_markdown
 
@@ -280,6 +282,7 @@ def targets_table(rows: Mapping[str, Row]) -> Table:
 
 MARKED = re.compile(r"(<!-- figures -->)(.*?)(<!-- /figures -->)", re.DOTALL)
 README_CASE = "smollm2-135m lora 4x256"
+README_LIMIT = ("smallest limit", "1.5B", "qlora")
 LINK = "[benchmarks](docs/benchmarks.md)"
 
 
@@ -292,16 +295,35 @@ def with_figures(text: str, results: Path) -> str:
 
 
 def figures_sentence(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The step on the first CPU that has PEFT's, SFTTrainer's and burnish's."""
-    for benchmarks in results.values():
-        rows = rows_by_key(benchmarks.get("step"))
-        own, peft, sft = (rows.get(row_key(README_CASE, mode)) for mode in ("burnish", "peft", "sft"))
-        if own and peft and sft:
-            num_cpus = benchmarks["step"]["environment"]["num_cpus"]
-            share = own["peak_bytes"] / peft["peak_bytes"]
-            return (
-                f"On {num_cpus} CPU cores a step is {peft['faster']['median']:.1f} times faster than PEFT's as "
-                f"installed and {sft['faster']['median']:.1f} times faster than SFTTrainer's, at {share:.2f} of PEFT's "
-                f"memory ({LINK})."
-            )
-    return f"How much faster a step is, and in how much memory: {LINK}."
+    """The step on the first CPU that has PEFT's, SFTTrainer's and burnish's; then the smallest limit of memory."""
+    found = next(
+        filter(None, map(step_sentence, results.values())), "How much faster a step is, and in how much memory"
+    )
+    limit = next(filter(None, map(limit_sentence, results.values())), "")
+    return f"{found}{limit} ({LINK})."
+
+
+def step_sentence(benchmarks: Mapping[str, Any]) -> str | None:
+    rows = rows_by_key(benchmarks.get("step"))
+    own, peft, sft = (rows.get(row_key(README_CASE, mode)) for mode in ("burnish", "peft", "sft"))
+    if not (own and peft and sft):
+        return None
+    num_cpus = benchmarks["step"]["environment"]["num_cpus"]
+    share = own["peak_bytes"] / peft["peak_bytes"]
+    return (
+        f"On {num_cpus} CPU cores a step is {peft['faster']['median']:.1f} times faster than PEFT's as installed and "
+        f"{sft['faster']['median']:.1f} times faster than SFTTrainer's, at {share:.2f} of PEFT's memory"
+    )
+
+
+def limit_sentence(benchmarks: Mapping[str, Any]) -> str | None:
+    rows = rows_by_key(benchmarks.get("limit"))
+    own, peer = (
+        rows.get(SEPARATOR.join((*README_LIMIT, mode)), {}).get("smallest_limit_bytes") for mode in (OWN, PEER)
+    )
+    if not (own and peer):
+        return None
+    return (
+        f"; QLoRA of 1.5 billion weights completes under a memory limit of {own / GIB:.2f} GiB, with {PEER} under "
+        f"{peer / GIB:.2f} GiB"
+    )

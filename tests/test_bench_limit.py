@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from burnish.bench import bench_limit, cgroup, limit_cases, limit_models, suite
+from burnish.bench import bench_limit, cgroup, document, limit_cases, limit_models, suite
 from burnish.bench.bench_limit import Probe, bracket, next_limit, row
 from burnish.bench.benchmark import Choice, Setting
 from burnish.bench.limit_cases import OWN, PEER, Case
@@ -222,3 +222,18 @@ def test_a_run_that_is_killed_before_training_began_says_so(tmp_path):
     assert ended.exit_code == 3, ended.output
     assert "killed the process for want of memory before training began" in ended.output
     assert "Traceback" not in ended.output
+
+
+def test_the_readme_quotes_the_limit_of_memory_where_both_have_one():
+    def limit(mode, gib):
+        key = f"smallest limit · 1.5B · qlora · {mode}"
+        return {"key": key, "state": "ok", "smallest_limit_bytes": gib and int(gib * 2**30)}
+
+    for peer, words in (
+        (3.25, "limit of 1.34 GiB, with transformers + PEFT + bitsandbytes under 3.25 GiB"),
+        (None, ""),
+    ):
+        rows = [limit(OWN, 1.34), limit(PEER, peer)]
+        sentence = document.figures_sentence({"cpu-1": {}, "cpu-2": {"limit": {"rows": rows}}})
+        assert words in sentence
+        assert ("QLoRA" in sentence) == bool(words)
