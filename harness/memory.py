@@ -163,8 +163,7 @@ def placed(
             if name in device:
                 below[plan.offload_optimizer][name] = device.pop(name)
     if plan.offload_optimizer == "nvme" and "master_weights" in parts:
-        piece = max(SUB_GROUP_ELEMENTS, -(-profile.largest_trained // plan.world_size))
-        memory["optimizer_buffers"] = OPTIMIZER_BUFFERS * FP32_BYTES * min(piece, profile.counts.trainable)
+        memory["optimizer_buffers"] = OPTIMIZER_BUFFERS * FP32_BYTES * updated_at_once(plan, profile)
     if plan.offload_param != "none" and "weights" in device:
         dtype_bytes = DTYPE_BYTES[plan.config.model.dtype]
         stays = "cpu" if profile.counts.quantized else plan.offload_param
@@ -175,6 +174,11 @@ def placed(
     if plan.offload_activations and "activations" in device and plan.device == "cuda":
         host["activations"] = device.pop("activations")
     return device, host, nvme
+
+
+def updated_at_once(plan: Plan, profile: Profile) -> int:
+    """Elements of one rank whose state is read from files, updated and written together."""
+    return min(profile.counts.trainable, max(SUB_GROUP_ELEMENTS, -(-profile.largest_trained // plan.world_size)))
 
 
 def written_at_once(plan: Plan, profile: Profile) -> int:
@@ -188,7 +192,8 @@ def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: i
     """While weights arrive, one tensor at a time beside what is there; then while the engine makes its copies.
 
     A GGUF file is unpacked as a whole, in fp32. DeepSpeed copies trained weights into one tensor and, in stages 2 and
-    3, allocates this rank's share of the gradients once before it begins. What goes to files goes there piece by piece.
+    3, allocates this rank's share of the gradients once before it begins. What goes to files goes there piece by piece:
+    master weights by way of one in fp32, optimizer state by way of a gradient of zeros.
     """
     dtype_bytes, counts = DTYPE_BYTES[plan.config.model.dtype], profile.counts
     if (plan.config.model.path or "").endswith(".gguf"):
@@ -201,7 +206,9 @@ def load_bytes(plan: Plan, profile: Profile, lasting: Mapping[str, int], kept: i
     made = sum(placed(plan, profile, before)[0].values())
     if plan.zero_stage and plan.offload_param != "nvme":
         made += dtype_bytes * counts.trainable
-    if plan.zero_stage > 1 and plan.offload_optimizer != "nvme":
+    if plan.offload_optimizer == "nvme":
+        made += 2 * FP32_BYTES * updated_at_once(plan, profile)
+    elif plan.zero_stage > 1:
         made += FP32_BYTES * counts.trainable // plan.world_size
     return max(arriving, made)
 

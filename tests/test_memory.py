@@ -345,6 +345,9 @@ def test_buffers_of_weights_in_files_hold_what_is_read_and_what_the_optimizer_wr
     for largest, elements in ((100, 25_000_000), (10**8, 10**8)):
         buffers = predict(plan, replace(large, largest_trained=largest)).device["parameter_buffers"]
         assert buffers == 2 * (5 * 100 + elements)
+    made = predict(plan, replace(large, largest_trained=10**8), Overhead(0, 0.0))
+    buffers = made.device["optimizer_buffers"] + made.device["parameter_buffers"]
+    assert made.phases["load"] == buffers + 2 * 4 * 10**8  # masters and states are made through two more of them
     in_memory = small_plan(memory=memory | {"offload_optimizer": "none"})
     assert predict(in_memory, large).device["parameter_buffers"] == 2 * (5 * 100 + 10**9)
 
