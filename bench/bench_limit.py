@@ -18,7 +18,7 @@ from ..harness.markup import duration, number, size
 from ..harness.run_dir import read_json, read_jsonl
 from .benchmark import Benchmark, Figure, Item, Result, Row, Setting, Table
 from .cgroup import Ended, forget_pages, missing, run_limited
-from .limit_cases import MODELS, OWN, PEER, Case, items, write_run
+from .limit_cases import MODELS, OWN, PEER, SMALLEST, Case, items, search_key, write_run
 from .memory_cases import GIB, MIB, SEPARATOR, params_of
 from .probes import available_bytes
 
@@ -214,13 +214,13 @@ def figures(row: Row) -> list[Figure]:
 
 def tables(result: Result) -> list[Table]:
     """The searches, with the ratio to the peer's, and the cases that ask whether a limit is enough."""
-    searched = [row for row in result["rows"] if row["key"].startswith("smallest limit")]
+    searched = [row for row in result["rows"] if row["key"].startswith(SMALLEST)]
     others = [row for row in result["rows"] if row not in searched]
     cells = []
     for row in searched:
         _, model, method, mode = row["key"].split(SEPARATOR)
         shown = gib(row.get("smallest_limit_bytes")) if row["state"] == "ok" else row["state"]
-        peers_key = SEPARATOR.join(("smallest limit", model, method, PEER))
+        peers_key = search_key(model, method, PEER)
         peer: Row = next((one for one in searched if one["key"] == peers_key), {})
         ratio = "–"
         if row["state"] == peer.get("state") == "ok":

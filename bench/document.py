@@ -14,9 +14,9 @@ from ..harness.errors import ConfigError
 from ..harness.markup import duration, size
 from ..harness.run_dir import write_bytes
 from . import memory_tables, published, record, scaling_document, suite
+from .bench_limit import gib
 from .benchmark import NOT_MEASURED, Benchmark, Choice, Item, Result, Row, Table, completed
-from .limit_cases import OWN, PEER
-from .memory_cases import GIB, SEPARATOR
+from .limit_cases import OWN, PEER, search_key
 from .step_cases import row_key
 from .table import as_markdown
 
@@ -282,7 +282,7 @@ def targets_table(rows: Mapping[str, Row]) -> Table:
 
 MARKED = re.compile(r"(<!-- figures -->)(.*?)(<!-- /figures -->)", re.DOTALL)
 README_CASE = "smollm2-135m lora 4x256"
-README_LIMIT = ("smallest limit", "1.5B", "qlora")
+README_LIMIT = ("1.5B", "qlora")
 LINK = "[benchmarks](docs/benchmarks.md)"
 
 
@@ -296,9 +296,8 @@ def with_figures(text: str, results: Path) -> str:
 
 def figures_sentence(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The step on the first CPU that has PEFT's, SFTTrainer's and burnish's; then the smallest limit of memory."""
-    found = next(
-        filter(None, map(step_sentence, results.values())), "How much faster a step is, and in how much memory"
-    )
+    usual = "How much faster a step is, and in how much memory"
+    found = next(filter(None, map(step_sentence, results.values())), usual)
     limit = next(filter(None, map(limit_sentence, results.values())), "")
     return f"{found}{limit} ({LINK})."
 
@@ -318,12 +317,8 @@ def step_sentence(benchmarks: Mapping[str, Any]) -> str | None:
 
 def limit_sentence(benchmarks: Mapping[str, Any]) -> str | None:
     rows = rows_by_key(benchmarks.get("limit"))
-    own, peer = (
-        rows.get(SEPARATOR.join((*README_LIMIT, mode)), {}).get("smallest_limit_bytes") for mode in (OWN, PEER)
-    )
+    searched = (rows.get(search_key(*README_LIMIT, mode), {}) for mode in (OWN, PEER))
+    own, peer = (row.get("smallest_limit_bytes") for row in searched)
     if not (own and peer):
         return None
-    return (
-        f"; QLoRA of 1.5 billion weights completes under a memory limit of {own / GIB:.2f} GiB, with {PEER} under "
-        f"{peer / GIB:.2f} GiB"
-    )
+    return f"; QLoRA of 1.5 billion weights completes under a memory limit of {gib(own)}, with {PEER} under {gib(peer)}"

@@ -18,6 +18,7 @@ from .memory_cases import GIB, SEPARATOR, Init
 from .workload import llama
 
 PEER, OWN = "transformers + PEFT + bitsandbytes", "burnish"
+SMALLEST = "smallest limit"
 WORDS = tuple(f"w{number}" for number in range(1000))
 """The tokenizer's words; the model's vocabulary is larger, as its shape asks."""
 MODELS: dict[str, Init] = {
@@ -53,8 +54,14 @@ class Case:
 
     @property
     def key(self) -> str:
-        limit = "smallest limit" if self.limit_bytes is None else f"{self.limit_bytes / GIB:g} GiB"
-        return SEPARATOR.join((limit, self.model, self.method, self.mode))
+        if self.limit_bytes is None:
+            return search_key(self.model, self.method, self.mode)
+        return SEPARATOR.join((f"{self.limit_bytes / GIB:g} GiB", self.model, self.method, self.mode))
+
+
+def search_key(model: str, method: str, mode: str) -> str:
+    """Of the row that has the smallest limit."""
+    return SEPARATOR.join((SMALLEST, model, method, mode))
 
 
 NVME = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme"}

@@ -12,11 +12,10 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from .errors import OutOfMemory, TrainingError
-from .offload import remove_leftovers
+from .offload import files_folder, remove_leftovers
 from .plan import Plan
 
 TIMEOUT_S = 3600
@@ -67,7 +66,7 @@ def measure(plan: Plan, *, num_steps: int = 2, labels: list[str] | None = None) 
             for one in ranks:
                 one.end()
             if plan.config.memory.nvme_path is not None:
-                remove_leftovers(Path(plan.cwd) / plan.config.memory.nvme_path)
+                remove_leftovers(files_folder(plan))
     largest = max(answers, key=lambda answer: max(answer["phases"].values()))
     names = answers[0]["phases"]
     return Measured(

@@ -109,6 +109,7 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
     kept = moments["optimizer"]["gradients"] if stays else 0
     at_rest = step - come_and_go - device["allocator"] + kept + moments["forward"]["gather_buffers"]
     is_kept = plan.device == "cpu"
+    mapped = mapped_bytes(plan, profile)
     phases = {
         # Half of what a process adds comes with its first step: kernels are prepared then.
         "load": overhead.process_bytes // 2 + load_bytes(plan, profile, lasting, kept),
@@ -121,8 +122,8 @@ def predict(plan: Plan, profile: Profile, calibration: Overheads | None = None) 
         host=host,
         nvme=nvme,
         phases=phases,
-        mapped_bytes=mapped_bytes(plan, profile) + pages,
-        mapped_in_load_bytes=mapped_bytes(plan, profile),
+        mapped_bytes=mapped + pages,
+        mapped_in_load_bytes=mapped,
     )
 
 

@@ -99,14 +99,19 @@ def _check_direct_io(folder: Path) -> None:
         ) from error
 
 
+def files_folder(plan: Plan) -> Path:
+    """Where the private folders of all ranks lie: memory.nvme_path."""
+    assert plan.config.memory.nvme_path is not None, plan.config.memory
+    return Path(plan.cwd) / plan.config.memory.nvme_path
+
+
 @contextmanager
 def private_folder(plan: Plan, *, rank: int) -> Iterator[Path]:
     """A new folder nvme_path/burnish-<run>-<rank>-… that only this user can read, removed at the end.
 
     Folders that crashed processes left below nvme_path are removed first. Raises ConfigError if it cannot be made.
     """
-    assert plan.config.memory.nvme_path is not None, plan.config.memory
-    parent = Path(plan.cwd) / plan.config.memory.nvme_path
+    parent = files_folder(plan)
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", plan.config.name)[:64]
     try:
         parent.mkdir(parents=True, exist_ok=True)

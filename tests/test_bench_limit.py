@@ -13,7 +13,7 @@ from burnish.bench.bench_limit import Probe, bracket, next_limit, row
 from burnish.bench.benchmark import Choice, Setting
 from burnish.bench.limit_cases import OWN, PEER, Case
 from burnish.bench.table import as_text
-from burnish.harness.run_dir import read_jsonl
+from burnish.harness.run_dir import RunDir, read_jsonl
 
 MIB = 2**20
 WHY_NOT = cgroup.missing()
@@ -205,10 +205,7 @@ def test_an_inline_run_that_the_kernel_kills_goes_on_with_less_and_ends_with_the
     small = f"train.micro_batch_size={events[-1]['micro_batch_size']}"
     again = cgroup.run_limited([*command, "name=small", small], limit_bytes=4096 * MIB, timeout_s=300, cwd=tmp_path)
     assert again.exit_code == 0, again.output
-    losses = {
-        name: [one["loss"] for one in read_jsonl(tmp_path / f"runs/{name}/metrics.jsonl") if one["kind"] == "train"]
-        for name in ("tiny", "small")
-    }
+    losses = {name: tiny.losses(RunDir(tmp_path / "runs" / name)) for name in ("tiny", "small")}
     assert losses["tiny"] == pytest.approx(losses["small"], rel=1e-5)
     assert len(losses["tiny"]) == 3
 
